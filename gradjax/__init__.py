@@ -1,0 +1,39 @@
+"""gradjax: see, explain, cure and prove exploding and vanishing gradients in JAX.
+
+The public names, and nothing else. Each is imported when it is first used (PEP 562), so that
+`gradjax --help` answers at once and the command line can set thread counts before JAX starts.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradjax.spectrum import jacobian_spectrum as jacobian_spectrum
+    from gradjax.spectrum import log_singular_values as log_singular_values
+    from gradjax.spectrum import lyapunov_exponents as lyapunov_exponents
+    from gradjax.spectrum import moments as moments
+    from gradjax.step import layer_jacobians as layer_jacobians
+    from gradjax.step import signals as signals
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "jacobian_spectrum": "spectrum",
+    "log_singular_values": "spectrum",
+    "lyapunov_exponents": "spectrum",
+    "moments": "spectrum",
+    "layer_jacobians": "step",
+    "signals": "step",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"gradjax.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'gradjax' has no attribute {name!r}; its public names are {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
