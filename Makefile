@@ -1,0 +1,82 @@
+# `make demo` and `make test` set up what they need first; `make help` lists the rest.
+# Choose an interpreter with `make setup PYTHON=python3.12`; it must be Python 3.11 or newer.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+RECIPE := pyproject.toml constraints/py311.txt constraints/py312.txt
+
+export JAX_PLATFORMS ?= cpu
+export OPENBLAS_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench reproduce clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## create .venv with the pinned versions (a second call does nothing)
+
+# Old interpreters are asked with syntax that they too can read. The constraints file is chosen by the
+# version inside .venv, so an environment made by hand is respected.
+$(STAMP): $(RECIPE)
+	@set -eu; \
+	recent='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	if ! [ -x $(BIN)/python ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  chosen=; \
+	  for candidate in "$(PYTHON)" python3.13 python3.12 python3.11; do \
+	    if "$$candidate" -c "$$recent" >/dev/null 2>&1; then chosen=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$chosen" ]; then \
+	    echo "setup: $(PYTHON) is `$(PYTHON) --version 2>&1 | head -n 1`; gradjax needs Python 3.11 or newer, and no" >&2; \
+	    echo "python3.11, 3.12 or 3.13 was found. Install one, then: make setup PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "setup: creating $(VENV) with $$chosen (`$$chosen --version`)"; \
+	  if ! "$$chosen" -m venv --clear $(VENV); then \
+	    rm -rf $(VENV); \
+	    echo "setup: $$chosen could not create a virtual environment. On Debian and Ubuntu the module is a" >&2; \
+	    echo "package of its own: apt install python3-venv (or python3.12-venv ...), then make setup again." >&2; \
+	    exit 1; \
+	  fi; \
+	fi; \
+	pins=`$(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")'`; \
+	echo "setup: installing gradjax and its tools, versions of constraints/$$pins.txt (a few minutes the first time)"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints/$$pins.txt; \
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	@set -eu; \
+	pins=`$(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")'`; \
+	echo "bench: installing the peers to measure against (PyTorch, curvlinops)"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]' -c constraints/$$pins.txt; \
+	touch $@
+
+demo: setup  ## diagnose an exploding network: verdict, table per layer, figure
+	$(BIN)/gradjax diagnose configs/demo.toml
+
+test: setup  ## the fast tests
+	$(BIN)/python -m pytest -m 'not slow' -n 2
+
+test-slow: setup  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## ruff (rules and format) and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup  ## let ruff rewrite what `make lint` would refuse
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BENCH_STAMP)  ## ratios against peers, one process each
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+reproduce: setup  ## the papers' figures of tier 1, with their table of claims
+	$(BIN)/python scripts/reproduce.py --tier 1
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
