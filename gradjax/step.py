@@ -6,13 +6,15 @@
 examples, such as one with BatchNorm, takes the whole batch as its `h`); `thetas` is a pytree whose leaves have a
 leading axis of length `depth` (layers of a network, or the inputs of a recurrence over time) and may be typed PRNG
 keys from which the step draws its weights. Layers of unequal shape are a list of links `[(step, theta), ...]`,
-given in place of `step`, with `thetas` left out. A batch is a `jax.vmap` outside.
+given in place of `step`, with `thetas` left out; a link may itself be a stack, `Scan(step, thetas)`, so that
+`[(embed, theta), Scan(block, thetas), (readout, theta)]` is a whole network. A batch is a `jax.vmap` outside.
 
 Every function here composes with jit, vmap and grad. Compile time does not depend on depth for the scanned form.
 Cost: `layer_jacobians` O(depth * width^2) memory and O(depth * width * cost of one vjp); `signals` one forward and
 one backward pass, O(depth * width) memory.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,12 +27,21 @@ from gradjax import scale
 
 PyTree = Any
 Step = Callable[[PyTree, PyTree], PyTree]
-Links = Sequence[tuple[Step, PyTree]]
+
+
+class Scan(NamedTuple):
+    """A link that is a stack of equal layers: `step` scanned over `thetas`."""
+
+    step: Step
+    thetas: PyTree  # every leaf (depth, ...)
+
+
+Links = Sequence[tuple[Step, PyTree] | Scan]
 
 
 def is_links(step: Step | Links) -> bool:
     """Whether `step` is a list of links rather than one step to be scanned."""
-    return isinstance(step, list | tuple)
+    return isinstance(step, list | tuple) and not isinstance(step, Scan)
 
 
 def _describe(tree: PyTree) -> str:
@@ -39,10 +50,15 @@ def _describe(tree: PyTree) -> str:
     return leaves if isinstance(leaves, str) else str(leaves).replace("'", "")
 
 
+def _shapes(tree: PyTree) -> PyTree:
+    """ShapeDtypeStructs of a pytree of arrays, numbers or ShapeDtypeStructs."""
+    return jax.eval_shape(lambda x: x, tree)
+
+
 def _check_state(h: PyTree) -> None:
     leaves = jax.tree.leaves(h)
     if not leaves or any(not jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves):
-        kinds = _describe(jax.eval_shape(lambda: h))
+        kinds = _describe(_shapes(h))
         raise ValueError(
             f"step: the state h0 is {kinds or 'empty'}; a Jacobian needs floating arrays. Cast h0 to float32, and keep "
             "integers (tokens, counters) in theta."
@@ -71,16 +87,19 @@ def check_step(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> 
             raise ValueError("step: a list of links carries its own thetas; leave `thetas` out.")
         if not links:
             raise ValueError("step: the list of links is empty; at least one (step, theta) is needed.")
-        h = jax.eval_shape(lambda: h0)
+        depth, h = 0, _shapes(h0)
         for index, link in enumerate(links):
             if not (isinstance(link, list | tuple) and len(link) == 2 and callable(link[0])):
-                raise ValueError(f"step: link {index} is {type(link).__name__}; each link is a pair (step, theta).")
+                raise ValueError(f"step: link {index} is {type(link).__name__}; each is (step, theta) or a Scan.")
+            if isinstance(link, Scan):
+                depth += check_step(link.step, h, link.thetas)
+                continue
             try:
-                h = jax.eval_shape(link[0], h, link[1])
+                depth, h = depth + 1, jax.eval_shape(link[0], h, link[1])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"step: link {index} does not accept the state {_describe(h)}: {error}") from error
             _check_state(h)
-        return len(links)
+        return depth
     if not callable(step):
         raise ValueError(f"step: got {type(step).__name__}; a callable step(h, theta) -> h or a list of links is needed.")
     lengths = {x.shape[0] if jnp.ndim(x) else None for x in jax.tree.leaves(thetas)}
@@ -90,7 +109,7 @@ def check_step(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> 
             f"step: the leaves of thetas have leading lengths {', '.join(found)}; one common length, the depth, of at "
             "least 1 is needed on every leaf. For layers of unequal shape pass a list of (step, theta) links."
         )
-    before = jax.eval_shape(lambda: h0)
+    before = _shapes(h0)
     after = jax.eval_shape(lambda h, t: step(h, jax.tree.map(lambda x: x[0], t)), before, thetas)
     if jax.tree.structure(before) != jax.tree.structure(after) or _describe(before) != _describe(after):
         raise ValueError(
@@ -100,22 +119,20 @@ def check_step(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> 
     return lengths.pop()
 
 
-def trajectory(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> tuple[PyTree, PyTree]:
-    """The input of every layer and the final state: h_0 .. h_{L-1}, and h_L.
+def _as_links(step: Step | Links, thetas: PyTree | None) -> Links:
+    return step if is_links(step) else [Scan(step, thetas)]  # type: ignore[return-value, arg-type]
 
-    Returns:
-      inputs: pytree like `h0` with a leading axis of length depth; for links a list of states.
-      output: the state after the last layer.
-    """
-    check_step(step, h0, thetas)
-    if is_links(step):
-        inputs, h = [], h0
-        for link, theta in step:  # type: ignore[union-attr]
-            inputs.append(h)
-            h = link(h, theta)
-        return inputs, h
-    output, inputs = lax.scan(lambda h, theta: (step(h, theta), h), h0, thetas)  # type: ignore[operator]
-    return inputs, output
+
+def _forward(links: Links, h: PyTree) -> tuple[list[PyTree], PyTree]:
+    """The inputs of every layer, one stacked pytree per link (leading axis 1 for a plain link), and the output."""
+    inputs = []
+    for link in links:
+        if isinstance(link, Scan):
+            h, before = lax.scan(lambda h, theta, step=link.step: (step(h, theta), h), h, link.thetas)
+        else:
+            before, h = jax.tree.map(lambda x: jnp.asarray(x)[None], h), link[0](h, link[1])
+        inputs.append(before)
+    return inputs, h
 
 
 def layer_jacobian(step: Step, h: PyTree, theta: PyTree) -> tuple[Array, PyTree]:
@@ -153,13 +170,16 @@ def layer_jacobians(step: Step | Links, h0: PyTree, thetas: PyTree | None = None
     (3, 4, 4)
     """
     check_step(step, h0, thetas)
-    if is_links(step):
-        jacobians, h = [], h0
-        for link, theta in step:  # type: ignore[union-attr]
-            jacobian, h = layer_jacobian(link, h, theta)
+    jacobians, h = [], h0
+    for link in _as_links(step, thetas):
+        one_step, theta = link
+        if isinstance(link, Scan):
+            h, stack = lax.scan(lambda h, theta, s=one_step: layer_jacobian(s, h, theta)[::-1], h, theta)
+            jacobians.extend(stack if is_links(step) else [stack])
+        else:
+            jacobian, h = layer_jacobian(one_step, h, theta)
             jacobians.append(jacobian)
-        return jacobians
-    return lax.scan(lambda h, theta: layer_jacobian(step, h, theta)[::-1], h0, thetas)[1]  # type: ignore[arg-type]
+    return jacobians if is_links(step) else jacobians[0]
 
 
 class Signals(NamedTuple):
@@ -224,32 +244,33 @@ def signals(
     >>> round(float(s.log_cotangent_rms[0]), 2)                        # 1000 log 0.5
     -693.15
     """
-    inputs, output = trajectory(step, h0, thetas)
+    check_step(step, h0, thetas)
+    links = _as_links(step, thetas)
+    inputs, output = _forward(links, h0)
     shape = jax.eval_shape(loss, output)
     if getattr(shape, "shape", None) != ():
         raise ValueError(f"signals: the loss returns {_describe(shape)}; a scalar of shape () is needed.")
     value, cotangent = jax.value_and_grad(loss)(output)
-    cotangent, exponent = scale.normalize(cotangent)
-    last = _scaled_log_rms(cotangent, exponent)
+    carry = scale.normalize(cotangent)
+    cotangents, gradients = [_scaled_log_rms(*carry)[None]], []
 
-    def backward(carry, layer):
-        one_step, h, theta = layer
-        *carry, log_gradient = _pull_back(one_step, h, theta, *carry)
-        return tuple(carry), (_scaled_log_rms(*carry), log_gradient)
+    def backward(carry, layer, step):
+        into_h, exponent, log_gradient = _pull_back(step, *layer, *carry)
+        return (into_h, exponent), (_scaled_log_rms(into_h, exponent), log_gradient)
 
-    carry = (cotangent, exponent)
-    if is_links(step):
-        rows = []
-        for (one_step, theta), h in zip(reversed(step), reversed(inputs), strict=True):  # type: ignore[arg-type]
-            carry, row = backward(carry, (one_step, h, theta))
-            rows.append(row)
-        cotangents, gradients = (jnp.stack(column[::-1]) for column in zip(*rows, strict=True))
-        activations = jnp.stack([scale.log_rms(h) for h in inputs])
-    else:
-        _, (cotangents, gradients) = lax.scan(
-            lambda carry, layer: backward(carry, (step, *layer)), carry, (inputs, thetas), reverse=True
-        )
-        activations = jax.vmap(scale.log_rms)(inputs)
+    for link, before in zip(reversed(links), reversed(inputs), strict=True):
+        if isinstance(link, Scan):
+            body = functools.partial(backward, step=link.step)
+            carry, rows = lax.scan(body, carry, (before, link.thetas), reverse=True)
+        else:
+            carry, rows = backward(carry, (jax.tree.map(lambda x: x[0], before), link[1]), link[0])
+            rows = tuple(x[None] for x in rows)
+        cotangents.append(rows[0])
+        gradients.append(rows[1])
+    activations = [jax.vmap(scale.log_rms)(before) for before in inputs]
     return Signals(
-        jnp.append(activations, scale.log_rms(output)), jnp.append(cotangents, last), gradients, value
+        log_activation_rms=jnp.concatenate([*activations, scale.log_rms(output)[None]]),
+        log_cotangent_rms=jnp.concatenate(cotangents[::-1]),
+        log_gradient_norm=jnp.concatenate(gradients[::-1]),
+        loss=value,
     )

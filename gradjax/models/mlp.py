@@ -1,0 +1,151 @@
+"""Multilayer perceptron whose depth is a scan.
+
+    h_1 = phi(norm(W_0 x + b_0)),   h_{l+1} = [h_l +] [residual_scale] phi(norm(W_l h_l + b_l)),   logits = V h_L + c
+
+W ~ (sigma_w^2 / fan_in), b ~ sigma_b^2, V ~ (1 / fan_in), c = 0. `depth` counts the hidden layers h_1 .. h_L; the
+L - 1 square layers between them are one `nn.scan`, so that compile time does not depend on depth, and the layer
+product J = J_L ... J_2 is that of the square layers. `depth=1, width=256` on MNIST is the 784-256-10 classifier.
+
+Every float (sigma_w, sigma_b, residual_scale, dropout) may be a traced value; what changes the program (depth,
+width, names) is static. `dropout=None` leaves the layer out, a number puts it in, 0.0 included.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gradjax.activations import ACTIVATIONS
+from gradjax.initializers import WEIGHTS, bias
+from gradjax.step import Links, Scan
+
+PyTree = Any
+
+
+class Dropout(nn.Module):
+    """Inverted dropout whose rate in [0, 1) may be traced (Flax's own branches on it)."""
+
+    rate: float | Array
+
+    @nn.compact
+    def __call__(self, h: Array) -> Array:
+        keep = jax.random.uniform(self.make_rng("dropout"), h.shape, h.dtype) >= self.rate
+        return jnp.where(keep, h / (1.0 - jnp.asarray(self.rate, h.dtype)), jnp.zeros_like(h))
+
+
+class Layer(nn.Module):
+    """One hidden layer: dense, normalisation, activation, dropout, and the skip where the widths agree."""
+
+    width: int
+    activation: str
+    sigma_w: float | Array
+    sigma_b: float | Array
+    weights: str
+    residual: bool
+    residual_scale: float | Array
+    normalization: str
+    dropout: float | Array | None
+
+    @nn.compact
+    def __call__(self, h: Array, train: bool) -> Array:
+        kernel_init, bias_init = WEIGHTS[self.weights](self.sigma_w), bias(self.sigma_b)
+        z = nn.Dense(self.width, kernel_init=kernel_init, bias_init=bias_init, name="dense")(h)
+        if self.normalization == "layernorm":
+            z = nn.LayerNorm(name="norm")(z)
+        elif self.normalization == "batchnorm":
+            z = nn.BatchNorm(use_running_average=not train, name="norm")(z)
+        a = ACTIVATIONS[self.activation](z)
+        if self.dropout is not None and train:
+            a = Dropout(self.dropout, name="dropout")(a)
+        if self.residual and h.shape == a.shape:
+            return h + jnp.asarray(self.residual_scale, a.dtype) * a
+        return a
+
+
+class MLP(nn.Module):
+    """`depth` hidden layers of `width` units and a linear read-out; see the module's equations."""
+
+    num_outputs: int
+    depth: int
+    width: int
+    activation: str = "tanh"
+    sigma_w: float | Array = 1.0
+    sigma_b: float | Array = 0.0
+    weights: str = "gaussian"
+    residual: bool = False
+    residual_scale: float | Array = 1.0
+    normalization: str = "none"
+    dropout: float | Array | None = None
+
+    @classmethod
+    def from_config(cls, config, num_outputs: int) -> "MLP":
+        """The module of a `gradjax.config.Model`."""
+        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__ if hasattr(config, name)}
+        return cls(**{**fields, "num_outputs": num_outputs, "name": None, "parent": None})
+
+    def _layer(self, residual: bool, **kwargs) -> Layer:
+        shared = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        return Layer(**{**shared, "residual": residual}, **kwargs)
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Logits (batch, num_outputs) of inputs (batch, features); one example without the batch axis works too.
+
+        With `train=True` BatchNorm uses the batch's statistics (make "batch_stats" mutable) and dropout draws from
+        the "dropout" key.
+        """
+        h = self._layer(residual=False, name="embed")(x, train)
+        if self.depth > 1:
+            layers = nn.scan(
+                lambda layer, h, _: (layer(h, train), None),
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=self.depth - 1,
+            )
+            h, _ = layers(self._layer(self.residual, name="layers"), h, None)
+        return nn.Dense(self.num_outputs, kernel_init=nn.initializers.lecun_normal(), name="readout")(h)
+
+    def links(self, variables: PyTree, key: Array | None = None) -> Links:
+        """The network in training mode as links, for `gradjax.step` and `gradjax.spectrum`.
+
+        Args:
+          variables: as `init` returns them.
+          key: PRNG key of the dropout masks, needed where there is dropout.
+
+        Returns:
+          [(embed, theta), Scan(layer, thetas), (readout, theta)], without the Scan at depth 1. Each theta holds one
+          layer's variables and, with dropout, its key. With BatchNorm the states are whole batches.
+        """
+        if self.dropout is not None and key is None:
+            raise ValueError("MLP.links: a network with dropout draws masks; pass key=jax.random.key(...).")
+
+        def layer_step(residual):
+            layer = self._layer(residual, parent=None)
+
+            def step(h, theta):
+                rngs = {"dropout": theta["key"]} if "key" in theta else {}
+                return layer.apply(theta["variables"], h, True, rngs=rngs, mutable=["batch_stats"])[0]
+
+            return step
+
+        def theta(name):
+            own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+            return {"variables": own}
+
+        embed, layers = theta("embed"), theta("layers")
+        if self.dropout is not None:
+            embed_key, layers_key = jax.random.split(key)  # type: ignore[arg-type]
+            embed["key"], layers["key"] = embed_key, jax.random.split(layers_key, max(self.depth - 1, 1))
+
+        def readout(h, theta):
+            return nn.Dense(self.num_outputs).apply(theta["variables"], h)
+
+        hidden = [Scan(layer_step(self.residual), layers)] if self.depth > 1 else []
+        return [(layer_step(False), embed), *hidden, (readout, theta("readout"))]
+
+
+_LAYER_FIELDS = (
+    "width", "activation", "sigma_w", "sigma_b", "weights", "residual_scale", "normalization", "dropout",
+)  # fmt: skip
