@@ -55,7 +55,7 @@ class Model:
     sigma_b: float = _field(0.05**0.5, within="[0, 1e18]")
     """Var b = sigma_b^2. Default: sqrt(0.05) (Schoenholz 2017)."""
     weights: str = _field("gaussian", options="gradjax.initializers:WEIGHTS")
-    """Distribution of the weights: gaussian (the mean field default), or orthogonal times sigma_w (Saxe 2013)."""
+    """Distribution of the weights: gaussian (Poole 2016), or orthogonal times sigma_w (Saxe 2013)."""
     residual: bool = False
     """h + residual_scale * f(h) instead of f(h) (He 2015)."""
     residual_scale: float = _field(1.0, within="[0, 1e18]")
@@ -75,11 +75,11 @@ class Task:
     batch_size: int = _field(64, within="[1, 1000000]")
     """Examples per batch. Our choice."""
     validation: float = _field(0.15, within="[0, 1)", static=True)
-    """Share of the examples kept for validation. Our choice. It sets array shapes: not for a sweep to trace."""
+    """Share of the examples kept for validation. The usual 70/15/15. Static: it sets array shapes."""
     test: float = _field(0.15, within="[0, 1)", static=True)
-    """Share of the examples kept for the test. Our choice. It sets array shapes: not for a sweep to trace."""
-    normalize: str = _field("standard", options=("standard", "none"))
-    """standard: zero mean and unit variance over the training split; none: the values as they are."""
+    """Share kept for the test, where the data have no test set of their own. Static like validation."""
+    normalize: str = _field("standard", options="gradjax.tasks:NORMALIZE")
+    """standard: mean 0, variance 1 over the training split (mean field's q_0 is 1); none: within [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,7 @@ def _options(options: tuple[str, ...] | str) -> tuple[str, ...]:
     if isinstance(options, tuple):
         return options
     module, _, names = options.partition(":")
-    try:
-        return tuple(getattr(importlib.import_module(module), names))
-    except ModuleNotFoundError:
-        return ("digits", "mnist", "fashion_mnist")
+    return tuple(getattr(importlib.import_module(module), names))
 
 
 def _nearest(word: str, names: Mapping[str, str]) -> str:
@@ -216,7 +213,10 @@ def _nearest(word: str, names: Mapping[str, str]) -> str:
 
 
 def _show(value: Any) -> str:
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # an integer of more than 4,300 digits, which TOML's 0x can spell
+        text = hex(value)
     return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"
 
 
@@ -321,7 +321,7 @@ def load(path: str | Path, args: Sequence[str] = ()) -> Experiment:
     """
     flags, words = _flags(args, {})
     _refuse(f"config: unexpected argument {_show(word)}; needed: --key value" for word in words)
-    return _checked(_dotted(_read(str(path)), f" in {path}") | flags)
+    return _checked(_dotted(_read(str(path)), f" in {path}"), flags)
 
 
 def parse(args: Sequence[str], command: type[C] = Command) -> tuple[Experiment, C]:
@@ -336,7 +336,7 @@ def parse(args: Sequence[str], command: type[C] = Command) -> tuple[Experiment, 
     mine = {name: flags.pop(name) for name in own if name in flags}
     _refuse(_problem(name, own[name], *given) for name, given in mine.items())
     options = command(**dict(zip(needed, words, strict=True)), **{k: value for k, (value, _) in mine.items()})
-    return _checked(_dotted(_read(options.config), f" in {options.config}") | flags), options
+    return _checked(_dotted(_read(options.config), f" in {options.config}"), flags), options
 
 
 def _flags(args: Sequence[str], own: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], list[str]]:
@@ -384,8 +384,8 @@ def _dotted(nested: Mapping[str, Any], origin: str) -> dict[str, tuple[Any, str]
     for table, value in nested.items():
         inside = table in _TABLES and isinstance(value, Mapping)
         for key, v in value.items() if inside else [(table, value)]:
-            key = key if isinstance(key, str) and "." not in key else repr(key)  # quoted: "model.depth" = 1
-            flat[f"{table}.{key}" if inside else key] = v, origin
+            key = key if re.fullmatch(r"[\w-]+", str(key)) else repr(key)  # quoted: "model.depth" = 1
+            flat[f"{table}.{key}" if inside else str(key)] = v, origin
     return flat
 
 
@@ -409,9 +409,10 @@ def _read(name: str) -> dict[str, Any]:
     raise ConfigError(f"config: {_show(name)} {wrong}{near}; needed: a TOML file such as configs/demo.toml")
 
 
-def _checked(given: Mapping[str, tuple[Any, str]]) -> Experiment:
-    experiment = _merge(Experiment(), given)
-    check(experiment, {key: origin for key, (_, origin) in given.items()})
+def _checked(*layers: Mapping[str, tuple[Any, str]]) -> Experiment:
+    """The defaults with each layer over the one before; also what is overridden must be of its type."""
+    experiment = functools.reduce(_merge, layers, Experiment())
+    check(experiment, {key: origin for layer in layers for key, (_, origin) in layer.items()})
     return experiment
 
 
@@ -427,4 +428,5 @@ def help_text(prog: str, command: type[Command] = Command, text: str = "") -> st
         tyro.cli(whole, args=["--help"], prog=prog, description=text, use_underscores=True, config=conf)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     examples = ("", " --model.depth 200 --model.sigma_w=1.5", " --task.name mnist --model.residual")
-    return "\n".join([*lines, "examples:", *(f"  {prog} configs/demo.toml{flags}" for flags in examples), ""])
+    lines += ["Flags win over CONFIG, and CONFIG over the defaults above.", "", "examples:"]
+    return "\n".join([*lines, *(f"  {prog} configs/demo.toml{flags}" for flags in examples), ""])
