@@ -167,7 +167,7 @@ def _problem(key: str, field: dataclasses.Field, value: Any, origin: str, only_t
     if "options" in rule:
         names = _options(rule["options"])
         allowed = ", ".join(names)
-        wrong = "" if typed in names else f"is unknown{_nearest(str(value).lower(), {n: n for n in names})}"
+        wrong = "" if typed in names else f"is unknown{nearest(str(value).lower(), {n: n for n in names})}"
     elif "pattern" in rule:
         allowed += f" ({rule['words']})"
         wrong = "" if re.fullmatch(rule["pattern"], str(value)) else "is not a usable name"
@@ -205,7 +205,7 @@ def _options(options: tuple[str, ...] | str) -> tuple[str, ...]:
     return tuple(getattr(importlib.import_module(module), names))
 
 
-def _nearest(word: str, names: Mapping[str, str]) -> str:
+def nearest(word: str, names: Mapping[str, str]) -> str:
     """` (did you mean 'model.depth'?)` for the name whose word is nearest; empty when none is near."""
     score = {name: difflib.SequenceMatcher(None, word, other).ratio() for name, other in names.items()}
     best = max(score, key=score.__getitem__, default="")
@@ -272,12 +272,12 @@ def _unknown(key: str, value: Any, origin: str, own: Iterable[str] = ()) -> str:
     if key in _TABLES:
         return f"config: {key} = {_show(value)}{origin} is not a table; allowed: keys of [{key}]"
     if isinstance(value, Mapping):
-        return f"config: unknown table [{key}]{origin}{_nearest(key, {t: t for t in _TABLES})}; {tables}"
+        return f"config: unknown table [{key}]{origin}{nearest(key, {t: t for t in _TABLES})}; {tables}"
     last = {k: k.rpartition(".")[2] for k in (*_FIELDS, *own)}
     keys = ", ".join(w for k, w in last.items() if k.rpartition(".")[0] == table)
     inside = f"keys of [{table}]: {keys}" if table in _TABLES else f"keys: {keys}; " * (not table) + tables
     # The last part decides, `--depth` means `--model.depth`; the key's own table comes first in a tie.
-    near = _nearest(word, dict(sorted(last.items(), key=lambda item: item[0].rpartition(".")[0] != table)))
+    near = nearest(word, dict(sorted(last.items(), key=lambda item: item[0].rpartition(".")[0] != table)))
     return f"config: unknown key {key!r}{origin}{near}; {inside}"
 
 
@@ -395,7 +395,7 @@ def _read(name: str) -> dict[str, Any]:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         wrong = "does not exist"
-        near = _nearest(path.name, {str(p): p.name for p in sorted(path.parent.glob("*.toml"))})
+        near = nearest(path.name, {str(p): p.name for p in sorted(path.parent.glob("*.toml"))})
     except IsADirectoryError:
         wrong = "is a directory"
     except OSError as error:

@@ -24,7 +24,7 @@ LOG2 = 0.6931471805599453
 def _accumulator(x: Array) -> Array:
     """Magnitudes of `x` in the dtype in which its squares are summed: float32, or float64 for float64."""
     x = jnp.abs(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _leaves(tree: PyTree) -> list[Array]:
@@ -32,8 +32,8 @@ def _leaves(tree: PyTree) -> list[Array]:
     leaves = [x for x in leaves if x.size]
     if not leaves:
         return [jnp.zeros((1,), jnp.float32)]
-    dtype = jnp.result_type(*leaves)
-    return [x.astype(dtype) for x in leaves]
+    widest = max((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize)
+    return [x.astype(widest) for x in leaves]
 
 
 def _shared_exponent(leaves: list[Array]) -> Array:

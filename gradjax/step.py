@@ -101,7 +101,9 @@ def check_step(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> 
             _check_state(h)
         return depth
     if not callable(step):
-        raise ValueError(f"step: got {type(step).__name__}; a callable step(h, theta) -> h or a list of links is needed.")
+        raise ValueError(
+            f"step: got {type(step).__name__}; a callable step(h, theta) -> h or a list of links is needed."
+        )
     lengths = {x.shape[0] if jnp.ndim(x) else None for x in jax.tree.leaves(thetas)}
     if len(lengths) != 1 or None in lengths or 0 in lengths:
         found = sorted(map(str, lengths)) or ["no leaves"]
@@ -113,10 +115,10 @@ def check_step(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> 
     after = jax.eval_shape(lambda h, t: step(h, jax.tree.map(lambda x: x[0], t)), before, thetas)
     if jax.tree.structure(before) != jax.tree.structure(after) or _describe(before) != _describe(after):
         raise ValueError(
-            f"step: one step maps {_describe(before)} to {_describe(after)}; a scanned product needs an equal structure, "
-            "shape and dtype. For layers of unequal width pass a list of (step, theta) links."
+            f"step: one step maps {_describe(before)} to {_describe(after)}; a scanned product needs an equal "
+            "structure, shape and dtype. For layers of unequal width pass a list of (step, theta) links."
         )
-    return lengths.pop()
+    return lengths.pop()  # type: ignore[return-value]
 
 
 def _as_links(step: Step | Links, thetas: PyTree | None) -> Links:
@@ -174,7 +176,12 @@ def layer_jacobians(step: Step | Links, h0: PyTree, thetas: PyTree | None = None
     for link in _as_links(step, thetas):
         one_step, theta = link
         if isinstance(link, Scan):
-            h, stack = lax.scan(lambda h, theta, s=one_step: layer_jacobian(s, h, theta)[::-1], h, theta)
+
+            def body(h, theta, step=one_step):
+                jacobian, h_next = layer_jacobian(step, h, theta)
+                return h_next, jacobian
+
+            h, stack = lax.scan(body, h, theta)
             jacobians.extend(stack if is_links(step) else [stack])
         else:
             jacobian, h = layer_jacobian(one_step, h, theta)
