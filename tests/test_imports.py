@@ -14,7 +14,9 @@ MAY_IMPORT = {
     # what is measured: no model, no config
     "scale": set(),
     "step": {"scale"},
-    "spectrum": {"step", "scale"},
+    "product": set(),
+    "jacobi": {"product"},
+    "spectrum": {"step", "scale", "product", "jacobi"},
     "matrix_free": {"step", "scale"},
     "activations": set(),
     "initializers": {"scale"},
@@ -35,13 +37,12 @@ MAY_IMPORT = {
     "monitor": {"config", "results"},
     "measure": {"config", "models", "tasks", "initializers", "step", "spectrum", "matrix_free", "scale"}
     | {"activations", "meanfield", "random_matrix", "taps"},
-    "diagnosis": {"config", "activations", "taps", "spectrum", "meanfield", "random_matrix", "scale"},
+    "diagnosis": {"config", "results", "activations", "taps", "spectrum", "meanfield", "random_matrix", "scale"},
     "ablation": {"config", "training", "checkpoint", "results", "monitor", "tasks", "scale"},
     "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
     "plots": set(),
     "report": {"config", "results", "plots", "diagnosis"},
-    "cli": {"config", "measure", "diagnosis", "remedies", "ablation", "cure", "results", "plots"}
-    | {"report", "tasks"},
+    "cli": {"config", "measure", "diagnosis", "remedies", "ablation", "cure", "results", "plots"} | {"report", "tasks"},
     "__main__": {"cli"},
 }
 
@@ -49,7 +50,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "flax": {"models", "taps"},
     "xarray": {"ablation", "results", "plots", "report", "measure", "diagnosis"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "cli"},  # the command line chooses the backend
     "optax": {"transforms", "optimizers", "training", "measure"},
     "orbax": {"checkpoint"},
     "sklearn": {"tasks"},
@@ -62,7 +63,7 @@ ONLY_IN = {
 }
 
 # the mathematics: jax and numpy, and of ONLY_IN what names them
-BARE = {"scale", "step", "spectrum", "matrix_free", "meanfield", "random_matrix"}
+BARE = {"scale", "step", "product", "jacobi", "spectrum", "matrix_free", "meanfield", "random_matrix"}
 
 HEAVY = {"matplotlib", "xarray", "pooch", "sklearn", "h5py", "h5netcdf", "orbax"}
 
@@ -87,8 +88,7 @@ def imported(path: Path) -> list[tuple[int, str]]:
             origin = ".".join(part for part in (base, node.module) if part)
             # `from gradjax import step` names a module only in its second half
             found += [
-                (node.lineno, f"{origin}.{alias.name}" if origin == "gradjax" else origin)
-                for alias in node.names
+                (node.lineno, f"{origin}.{alias.name}" if origin == "gradjax" else origin) for alias in node.names
             ]
     return found
 

@@ -1,0 +1,585 @@
+"""Log singular values of the layer product J = W_L ... W_2 W_1, its Lyapunov exponents and moments, at any depth.
+
+    log sigma_i(J),  i = 1 .. N,      lambda_i = lim 1/L log sigma_i(J),      m_k = tr (J J^T)^k / N
+
+J is the input-output Jacobian of a network (W_l the Jacobian of layer l) or of a recurrence over L steps; its
+singular values say by how much a perturbation grows forward and a gradient backward, direction by direction (Saxe,
+McClelland, Ganguli 2013; Pennington, Schoenholz, Ganguli 2017). They spread over hundreds of decades, so the product
+formed in floating point is inf, zero, or right in its largest value only; the diagonal of a QR sweep is the Lyapunov
+exponents, which differ from the singular values by nats at any finite depth. Here the product is kept as
+X diag(e^s) T (`gradjax.product`), float64 inside, and every value comes out to `tol` nats.
+
+What it does not cover: singular vectors and the top few values of a width that has no N x N matrix (matrix-free
+methods); derivatives of the singular values (`lyapunov_exponents` and `moments` have derivatives); digits that the
+factors themselves do not determine (`undetermined` counts them).
+
+Cost: O(depth * width^3) time; O(width^2) memory per lane beyond the factors or thetas.
+
+`log_singular_values` and `jacobian_spectrum` are host-level: they open x64 around a jitted program of their own and
+return NumPy float64. On CPU, set OPENBLAS_NUM_THREADS=1 before jax is imported: LAPACK with more threads stalls on
+matrices of this size. On tracers, under jit, vmap or grad, they run in the factors' own dtype (`gradjax.jacobi`).
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+
+from gradjax import jacobi, product, scale
+from gradjax.step import Scan, check_step, is_links, layer_jacobian, layer_jacobians
+
+PyTree = Any
+
+CHUNK_BYTES = 1 << 26  # of layer Jacobians held at a time for `layers=True`
+
+
+class SpectrumInfo(NamedTuple):
+    """How each lane's log singular values were found, and what they are worth; every field has the lanes' shape."""
+
+    method: np.ndarray  # str: "lu", "sorted" (the fallback), "none" (NaN)
+    blocks: np.ndarray  # int: factorisations
+    rejects: np.ndarray  # int: blocks thrown away and redone shorter
+    error_bound: np.ndarray  # nats: from the pivots; 10 to 1000 times the errors that were measured
+    undetermined: np.ndarray  # int: values decided by the rounding of one factor in its own dtype
+    failed_layer: np.ndarray  # int: the layer whose factor is NaN or inf, or -1
+    trusted: np.ndarray  # bool: the checks passed; False is also told by a warning
+
+
+class JacobianSpectrum(NamedTuple):
+    """The spectrum of a network's layer product; natural logarithms, leading axes those of the lanes."""
+
+    log_singular_values: np.ndarray  # (..., N) log sigma_i of the product, descending; -inf is a structural zero
+    layer_log_singular_values: np.ndarray | None  # (..., depth, N) of each layer Jacobian, if asked for
+    log_gain: np.ndarray  # (..., depth) 1/2 log(tr J_l J_l^T / N): 0 keeps the mean square of a gradient
+    condition_nats: np.ndarray  # (...) log(sigma_max / sigma_min); inf with rank loss
+    info: SpectrumInfo | None  # None on tracers
+
+
+# ---- programs: jitted inside x64, one lane after another, so that no lane waits for another's rejected blocks
+
+
+def _solve(
+    layer: product.Layer, carry: PyTree, depth: int, n: int, *, method: str, tol: float, eps: float, gains: bool
+):
+    """One lane: (what is left for `product.windows`, the sweep without its matrices)."""
+    if method == "lu":
+        found = product.sweep(layer, carry, depth, n, tol=tol, eps=eps, gains=gains)
+    else:
+        found = product.sweep_sorted(layer, carry, depth, n, eps=eps, gains=gains)
+    graded = product.finish(found, product.passes(tol))
+    return graded, found._replace(x_t=None, s=None, t_t=None)  # pyright: ignore[reportArgumentType]
+
+
+@functools.partial(jax.jit, static_argnames=("method", "tol", "eps"))
+def _of_factors(factors: Array, lanes: Array, *, method: str, tol: float, eps: float):
+    """factors (B, L, N, N), lanes (b,) indices into B."""
+    depth, n = factors.shape[1], factors.shape[-1]
+
+    def one(lane):
+        layer = lambda carry, index: (carry, factors[lane, index])
+        return _solve(layer, (), depth, n, method=method, tol=tol, eps=eps, gains=False)
+
+    return lax.map(one, lanes)
+
+
+def _shapes(tree: PyTree, drop: int = 0) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[drop:], x.dtype), tree)
+
+
+def _jacobian_in(x64: bool, step: Callable, h: PyTree, theta: PyTree) -> Callable:
+    """`layer_jacobian(step)` as it is traced with x64 set as the user has it.
+
+    Traced inside x64 the step would be another network: `jnp.zeros(4)` and `random.normal` would be float64, and
+    dropout would draw other masks. Evaluating its jaxpr there keeps every dtype and bit.
+    """
+    with jax.enable_x64(x64):
+        jaxpr, shapes = jax.make_jaxpr(functools.partial(layer_jacobian, step), return_shape=True)(
+            _shapes(h), _shapes(theta)
+        )
+    run, structure = jax.extend.core.jaxpr_as_fun(jaxpr), jax.tree.structure(shapes)
+    return lambda h, theta: jax.tree.unflatten(structure, run(*jax.tree.leaves((h, theta))))
+
+
+def _pick(tree: PyTree, *index: Array) -> PyTree:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+@functools.partial(jax.jit, static_argnames=("step", "in_axes", "x64", "method", "tol"))
+def _of_step(h0: PyTree, thetas: PyTree, lanes: Array, *, step, in_axes, x64: bool, method: str, tol: float):
+    """The layer Jacobians are made inside the sweep from (h, theta_l): memory O(N^2) per lane."""
+    depth = jax.tree.leaves(thetas)[0].shape[0 if in_axes[1] is None else 1]
+
+    def one(lane):
+        h = h0 if in_axes[0] is None else _pick(h0, lane)
+        theta = lambda index: _pick(thetas, index) if in_axes[1] is None else _pick(thetas, lane, index)
+        jacobian = _jacobian_in(x64, step, h, theta(0))
+        w = jax.eval_shape(jacobian, h, theta(0))[0]
+
+        def layer(h, index):
+            w, h_next = jacobian(h, theta(index))
+            return h_next, w
+
+        eps = float(jnp.finfo(w.dtype).eps)
+        return _solve(layer, h, depth, w.shape[0], method=method, tol=tol, eps=eps, gains=True)
+
+    return lax.map(one, lanes)
+
+
+@functools.partial(jax.jit, static_argnames=("step", "in_axes"))
+def _layer_stack(h: PyTree, thetas: PyTree, *, step: Callable, in_axes: tuple[int | None, int | None]):
+    """(last state, (..., depth, N, N)) of a chunk of layers, traced as the user has x64."""
+
+    def scanned(h, thetas):
+
+        def one(h, theta):
+            jacobian, h_next = layer_jacobian(step, h, theta)
+            return h_next, jacobian
+
+        return lax.scan(one, h, thetas)
+
+    return _over_lanes(scanned, in_axes)(h, thetas)
+
+
+def _over_lanes(f: Callable, in_axes: tuple[int | None, int | None]) -> Callable:
+    return f if in_axes == (None, None) else jax.vmap(f, in_axes=in_axes)
+
+
+# ---- the host: run, judge, fall back, warn
+
+
+def _run(program: Callable, count: int, tol: float) -> tuple[np.ndarray, np.ndarray, SpectrumInfo]:
+    """(log singular values (count, N), log_gain (count, depth or 0), info) of `count` lanes of a program."""
+    graded, found = program(np.arange(count, dtype=np.int32), method="lu")
+    values = product.windows(graded, tol)
+    found = {name: np.array(x) for name, x in found._asdict().items() if x is not None}
+    method = np.where(found["failed_at"] < 0, "lu", "none").astype("<U8")
+    trusted = _sound(found)
+    for lane in np.flatnonzero(~trusted & ~found["nonfinite"]):
+        graded, again = program(np.array([lane], np.int32), method="sorted")
+        values[lane] = product.windows(graded, tol)[0]
+        for name in found:
+            found[name][lane] = np.asarray(getattr(again, name))[0]
+        method[lane] = "sorted" if found["failed_at"][lane] < 0 else "none"
+    values[found["failed_at"] >= 0] = np.nan
+    trusted = _sound(found, growth=np.inf, disorder=np.inf) & ~np.isnan(values).any(axis=1)
+    info = SpectrumInfo(
+        method=method,
+        blocks=found["blocks"],
+        rejects=found["rejects"],
+        error_bound=found["error"],
+        undetermined=found["undetermined"],
+        failed_layer=found["failed_at"],
+        trusted=trusted,
+    )
+    return values, found["log_gain"], info
+
+
+def _sound(found: dict[str, np.ndarray], growth=product.GROWTH, disorder=product.DISORDER) -> np.ndarray:
+    return (found["failed_at"] < 0) & (found["growth"] < growth) & (found["disorder"] < disorder)
+
+
+def _warn(info: SpectrumInfo, name: str) -> None:
+    for lane in np.argwhere(info.failed_layer >= 0)[:5]:
+        at = tuple(int(i) for i in lane)
+        where = f"lane {at[0] if len(at) == 1 else at}, " if at else ""
+        warnings.warn(
+            f"{name}: {where}layer {int(info.failed_layer[at])}: the factor holds NaN or inf; that lane is NaN, others "
+            "are not touched.",
+            stacklevel=3,
+        )
+    doubtful = int(((info.failed_layer < 0) & ~info.trusted).sum())
+    if doubtful:
+        warnings.warn(
+            f"{name}: {doubtful} of {info.trusted.size} products did not pass the checks after every method; their "
+            "smallest values are not to be trusted. See info.error_bound.",
+            stacklevel=3,
+        )
+
+
+def _check_tol(tol: float, name: str) -> float:
+    if not 1e-9 <= tol <= 1e-2:
+        raise ValueError(f"{name}: tol is {tol}; a float from 1e-9 to 1e-2 (nats) is needed. The default is 1e-6.")
+    return float(tol)
+
+
+def _x64() -> bool:
+    """Whether x64 is on where the caller stands."""
+    return jnp.result_type(float) == jnp.float64
+
+
+def _on_tracers(*trees: PyTree) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
+
+
+def _check_factors(factors: Any, name: str) -> list[Any] | Any:
+    """The factors with dtypes: a stack (..., L, N, N), or a list of matrices; ValueError where they do not fit."""
+    is_list = isinstance(factors, list | tuple)
+    items = [x if hasattr(x, "dtype") else np.asarray(x) for x in (factors if is_list else [factors])]
+    shapes = [tuple(x.shape) for x in items]
+    for i, x in enumerate(items):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name}: factor {i} is {shapes[i]} {x.dtype}; real floating factors are needed. Cast them."
+            )
+    if is_list:
+        if not items:
+            raise ValueError(f"{name}: the list of factors is empty; at least one matrix is needed.")
+        if any(len(s) != 2 or 0 in s for s in shapes):
+            raise ValueError(f"{name}: a list holds matrices, got shapes {shapes}; stack equal ones to (..., L, N, N).")
+        for i in range(1, len(items)):
+            if shapes[i][1] != shapes[i - 1][0]:
+                raise ValueError(
+                    f"{name}: factor {i} is {shapes[i]} and factor {i - 1} is {shapes[i - 1]}; factors are applied "
+                    f"first to last, so {shapes[i][1]} columns must meet {shapes[i - 1][0]} rows."
+                )
+        return items
+    shape = shapes[0]
+    if len(shape) < 3 or shape[-1] != shape[-2] or 0 in shape:
+        raise ValueError(
+            f"{name}: factors have shape {shape}; (..., L, N, N) with L, N at least 1 is needed. For layers of unequal "
+            "width pass a list of matrices."
+        )
+    return items[0]
+
+
+def _stack(factors: Any) -> tuple[Any, list[tuple[int, int]]]:
+    """(..., L, N, N) and the shapes of the factors; matrices of unequal shape are padded with zeros.
+
+    Padding adds singular values that are exactly zero, and nothing else.
+    """
+    if not isinstance(factors, list):
+        return jnp.asarray(factors), [tuple(factors.shape[-2:])] * factors.shape[-3]
+    shapes = [tuple(x.shape[-2:]) for x in factors]
+    n = max(max(shape) for shape in shapes)
+    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in factors])
+    pad = lambda x: [(0, 0)] * (x.ndim - 2) + [(0, n - x.shape[-2]), (0, n - x.shape[-1])]
+    return jnp.stack([jnp.pad(jnp.asarray(x, dtype), pad(x)) for x in factors], axis=-3), shapes
+
+
+def _of_arrays(factors: Any, tol: float) -> tuple[np.ndarray, SpectrumInfo]:
+    """(log singular values, info) of checked factors, without the warnings."""
+    with jax.enable_x64(True):
+        stack, shapes = _stack(factors)
+        lanes, n = stack.shape[:-3], stack.shape[-1]
+        flat = stack.reshape(-1, *stack.shape[-3:])
+        program = functools.partial(_of_factors, flat, tol=tol, eps=float(jnp.finfo(stack.dtype).eps))
+        values, _, info = _run(program, flat.shape[0], tol)
+    info = SpectrumInfo(*(x.reshape(lanes) for x in info))
+    return values.reshape(*lanes, n)[..., : min(shapes[0][1], shapes[-1][0])], info
+
+
+def _of_tracers(factors: Any) -> Array:
+    """Log singular values in the factors' own dtype."""
+    stack, shapes = _stack(factors)
+    values = jax.vmap(jacobi.log_singular_values)(stack.reshape(-1, *stack.shape[-3:]))
+    return values.reshape(*stack.shape[:-3], -1)[..., : min(shapes[0][1], shapes[-1][0])]
+
+
+def log_singular_values(factors: Any, *, tol: float = 1e-6, return_info: bool = False):
+    """Natural logarithms of all singular values of W_L ... W_2 W_1, for factors applied first to last.
+
+    Args:
+      factors: (..., L, N, N) floating, or a list of matrices (N_l, N_{l-1}) of unequal shapes with matching inner
+        dimensions. Leading axes are lanes: separate products.
+      tol: nats of error to aim at in each value, 1e-9 to 1e-2.
+      return_info: also return a `SpectrumInfo`.
+
+    Returns:
+      (..., min(N_0, N_L)) NumPy float64, nats, descending. -inf is a structural zero (dead units, a bottleneck). A
+      lane with a NaN or inf factor is NaN and named in a warning and in the info.
+
+      On tracers (under jit, vmap or grad): a jax array in the factors' own dtype, no info. In float32 that is worth
+      1e-5 to 1e-2 nats in the smallest values; its derivative refuses, see `lyapunov_exponents`.
+
+    Raises:
+      ValueError: empty, ragged, integer or complex factors, inner dimensions that do not match, tol out of range.
+
+    References:
+      Oliveira & Stewart 2000; D. E. Stewart, ETNA 5, 1997 (the module `gradjax.product` has the algorithm).
+
+    >>> import jax.numpy as jnp
+    >>> w = jnp.broadcast_to(jnp.diag(jnp.array([2.0, 0.5])), (1000, 2, 2))    # 2^1000 and 2^-1000
+    >>> log_singular_values(w).round(3).tolist()
+    [693.147, -693.147]
+    """
+    name = "log_singular_values"
+    tol = _check_tol(tol, name)
+    factors = _check_factors(factors, name)
+    if _on_tracers(factors):
+        return _of_tracers(factors)
+    values, info = _of_arrays(factors, tol)
+    _warn(info, name)
+    return (values, info) if return_info else values
+
+
+def jacobian_spectrum(
+    step: Any,
+    h0: PyTree,
+    thetas: PyTree = None,
+    *,
+    in_axes: tuple[int | None, int | None] = (None, None),
+    layers: bool = False,
+    tol: float = 1e-6,
+) -> JacobianSpectrum:
+    """The spectrum of the layer product of a step, scanned: streaming, so that depth 10,000 fits in memory.
+
+    J = J_L ... J_1 with J_l = d h_{l+1} / d h_l along the trajectory from `h0`, each by reverse mode in the step's own
+    dtype (as training differentiates), then multiplied in float64. The step is called again after a rejected block:
+    it must be pure. Its dtypes and random draws are those that it has outside this function.
+
+    Args:
+      step: `step(h, theta) -> h`, or a list of links `[(step, theta), ...]` for layers of unequal width.
+      h0: pytree of floating arrays, the state of ONE example, N numbers in all.
+      thetas: pytree with a leading axis of length depth on every leaf, typed PRNG keys included; None for links.
+      in_axes: which of (h0, thetas) carry one leading lane axis (seeds or inputs): 0 or None each.
+      layers: also return each layer's log singular values, at depth times the cost of one SVD.
+      tol: nats of error to aim at, as in `log_singular_values`.
+
+    Returns:
+      `JacobianSpectrum`, whose leading axes (...) are (lanes,) or ().
+
+    Raises:
+      ValueError: a step, state or thetas that do not fit together (`gradjax.step.check_step`), in_axes other than 0 or
+        None, lane axes of unequal length, tol out of range.
+
+    >>> import jax, jax.numpy as jnp
+    >>> keys = jax.random.split(jax.random.key(0), 1000)               # the weights are never held in memory
+    >>> step = lambda h, key: jax.random.orthogonal(key, 8) @ h
+    >>> spectrum = jacobian_spectrum(step, jnp.ones(8), keys)
+    >>> bool(abs(spectrum.log_singular_values).max() < 1e-4)           # the float32 rounding of 1000 factors
+    True
+    """
+    name = "jacobian_spectrum"
+    tol = _check_tol(tol, name)
+    h0, thetas, count = _check_lanes(step, h0, thetas, in_axes)
+    in_axes = (in_axes[0], in_axes[1])
+    if is_links(step) or _on_tracers(h0, thetas):
+        return _of_whole_network(step, h0, thetas, in_axes, layers, tol)
+    x64 = _x64()
+    with jax.enable_x64(True):
+        program = functools.partial(_of_step, h0, thetas, step=step, in_axes=in_axes, x64=x64, tol=tol)
+        values, log_gain, info = _run(program, count or 1, tol)
+    each = _each_layer(step, h0, thetas, in_axes, values.shape[-1], count or 1, tol) if layers else None
+    if count is None:
+        values, log_gain, info = values[0], log_gain[0], SpectrumInfo(*(x[0] for x in info))
+    _warn(info, name)
+    return JacobianSpectrum(values, each, log_gain, _condition(values, np), info)
+
+
+def _each_layer(step, h0, thetas, in_axes, n: int, count: int, tol: float) -> np.ndarray:
+    """(..., depth, N) log singular values of the layer Jacobians, of which a bounded number is held at a time."""
+    axis = 0 if in_axes[1] is None else 1
+    depth = jax.tree.leaves(thetas)[0].shape[axis]
+    chunk = max(1, CHUNK_BYTES // (8 * n * n * count))
+    h, found = h0, []
+    for start in range(0, depth, chunk):
+        part = [slice(None)] * axis + [slice(start, start + chunk)]
+        h, stack = _layer_stack(h, jax.tree.map(lambda x, p=tuple(part): x[p], thetas), step=step, in_axes=in_axes)
+        in_axes = (None if in_axes == (None, None) else 0, in_axes[1])
+        found.append(_of_arrays(stack[..., None, :, :], tol)[0])
+    return np.concatenate(found, axis=-2)
+
+
+def _of_whole_network(step, h0, thetas, in_axes, layers: bool, tol: float) -> JacobianSpectrum:
+    """Links of unequal width, and tracers: all layer Jacobians are held at once."""
+
+    def jacobians(h, thetas):
+        if not is_links(step):
+            return layer_jacobians(step, h, thetas)
+        return layer_jacobians([_with_theta(x, theta) for x, theta in zip(step, thetas, strict=True)], h)
+
+    if is_links(step):
+        thetas = [link[1] for link in step]
+    traced = _on_tracers(h0, thetas)
+    factors = _over_lanes(jacobians, in_axes)(h0, thetas)
+    stack, shapes = _stack(factors)
+    log_norm = jnp.vectorize(scale.log_norm, signature="(n,n)->()")(stack)
+    log_gain = log_norm - jnp.asarray([0.5 * np.log(shape[0]) for shape in shapes], log_norm.dtype)
+    each = stack[..., None, :, :]
+    inside = np.array([[i < min(shape) for i in range(stack.shape[-1])] for shape in shapes])
+    if traced:
+        values = _of_tracers(factors)
+        each = jnp.where(inside, _of_tracers(each), jnp.nan) if layers else None  # pyright: ignore
+        return JacobianSpectrum(values, each, log_gain, _condition(values, jnp), None)  # pyright: ignore
+    values, info = _of_arrays(factors, tol)
+    _warn(info, "jacobian_spectrum")
+    each = np.where(inside, _of_arrays(each, tol)[0], np.nan) if layers else None
+    return JacobianSpectrum(values, each, np.asarray(log_gain, float), _condition(values, np), info)
+
+
+def _with_theta(link: Any, theta: PyTree) -> Any:
+    return Scan(link[0], theta) if isinstance(link, Scan) else (link[0], theta)
+
+
+def _condition(values: Any, xp: Any) -> Any:
+    top, bottom = values[..., 0], values[..., -1]
+    lost = bottom == -xp.inf
+    return xp.where(lost, xp.inf, top - xp.where(lost, 0.0, bottom))
+
+
+def _check_lanes(step: Any, h0: PyTree, thetas: PyTree, in_axes: Any) -> tuple[PyTree, PyTree, int | None]:
+    """Arrays for the pytrees, and the number of lanes (None: one, without an axis)."""
+    name = "jacobian_spectrum"
+    if len(tuple(in_axes)) != 2 or any(axis not in (0, None) for axis in in_axes):
+        raise ValueError(f"{name}: in_axes is {in_axes}; a pair for (h0, thetas), each 0 or None, is needed.")
+    h0, thetas = jax.tree.map(jnp.asarray, (h0, thetas))
+    trees = (h0, [link[1] for link in step] if is_links(step) and thetas is None else thetas)
+    leaves = [x for tree, axis in zip(trees, in_axes, strict=True) if axis == 0 for x in jax.tree.leaves(tree)]
+    sizes = {np.shape(x)[0] if np.ndim(x) else None for x in leaves}
+    if len(sizes) > 1 or None in sizes or 0 in sizes:
+        raise ValueError(
+            f"{name}: in_axes={tuple(in_axes)} asks for one leading lane axis, but the leaves have leading lengths "
+            f"{', '.join(sorted(map(str, sizes)))}; one common length of at least 1 is needed."
+        )
+    one = [_shapes(tree, 0 if axis is None else 1) for tree, axis in zip(trees, in_axes, strict=True)]
+    if is_links(step) and thetas is None:
+        check_step([_with_theta(link, theta) for link, theta in zip(step, one[1], strict=True)], one[0])
+    else:
+        check_step(step, *one)
+    return h0, thetas, sizes.pop() if sizes else None
+
+
+class LyapunovExponents(NamedTuple):
+    """Finite-depth Lyapunov exponents of a product, in the order of the QR sweep (descending in the limit)."""
+
+    exponents: Array  # (..., N) nats per factor
+    standard_errors: Array  # (..., N) nats per factor, by batch means; NaN below 4 factors
+
+
+def _lyapunov(factors: Array) -> LyapunovExponents:
+    """One lane (L, N, N)."""
+    depth, n = factors.shape[0], factors.shape[-1]
+
+    def one(q, w):
+        q, r = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))
+        return q, product.safe_log(jnp.abs(jnp.diagonal(r)))
+
+    _, growth = lax.scan(one, jnp.eye(n, dtype=factors.dtype), factors)
+    batches = int(np.sqrt(depth))
+    if batches < 2:
+        return LyapunovExponents(jnp.mean(growth, 0), jnp.full(n, jnp.nan, growth.dtype))
+    size = depth // batches
+    means = jnp.mean(growth[depth - batches * size :].reshape(batches, size, n), axis=1)
+    return LyapunovExponents(jnp.mean(growth, 0), jnp.std(means, axis=0, ddof=1) / float(np.sqrt(batches)))
+
+
+def _moments(factors: Array, *, ks: tuple[int, ...]) -> Array:
+    """One lane (L, N, N): log tr (J J^T)^k / N, with every intermediate scaled to entries of at most 1."""
+
+    def scaled(x, log_scale):
+        top = lax.stop_gradient(jnp.max(jnp.abs(x)))
+        return x / jnp.where(top > 0, top, 1.0), log_scale + product.safe_log(top)
+
+    def one(state, w):
+        w, log_w = scaled(w, state[1])  # first, so that the product of two large numbers is never formed
+        return scaled(jnp.matmul(w, state[0], precision="highest"), log_w), None
+
+    eye, zero = jnp.eye(factors.shape[-1], dtype=factors.dtype), jnp.zeros((), factors.dtype)
+    (j, log_j), _ = lax.scan(one, (eye, zero), factors)
+    gram, log_gram = scaled(jnp.matmul(j, j.T, precision="highest"), 2 * log_j)
+    power, log_power, found = gram, log_gram, {}
+    for k in range(1, max(ks) + 1):
+        found[k] = product.safe_log(jnp.trace(power)) + log_power
+        if k < max(ks):
+            power, log_power = scaled(jnp.matmul(power, gram, precision="highest"), log_power + log_gram)
+    return jnp.stack([found[k] for k in ks], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("f",))
+def _jitted(flat: Array, *, f: Callable) -> Any:
+    return lax.map(f, flat)
+
+
+def _by_lane(f: Callable, factors: Any) -> Any:
+    """`f` over the lanes of a stack: in float64 and NumPy on the host, in the factors' own dtype on tracers."""
+    if _on_tracers(factors):
+        half = jnp.promote_types(factors.dtype, jnp.float32)
+        found = jax.vmap(f)(factors.reshape(-1, *factors.shape[-3:]).astype(half))
+        return jax.tree.map(lambda x: x.reshape(*factors.shape[:-3], -1), found)
+    with jax.enable_x64(True):
+        flat = jnp.asarray(factors).astype(float)
+        found = _jitted(flat.reshape(-1, *flat.shape[-3:]), f=f)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(*flat.shape[:-3], -1), found)
+
+
+def lyapunov_exponents(factors: Any) -> LyapunovExponents:
+    """Lyapunov exponents of W_L ... W_1 by a QR sweep: 1/L sum_l log |r_ii| with W_l Q_{l-1} = Q_l R_l.
+
+    They tend to 1/L log sigma_i as L grows and differ from it at finite L (by nats in L lambda_i: for the singular
+    values themselves use `log_singular_values`). Differentiable: a gradient pushes exponents towards 0 (gradient
+    flossing). The derivative is that of the sweep from Q_0 = 1, and exists where every factor has full rank.
+
+    Args:
+      factors: (..., L, N, N) floating, applied first to last.
+
+    Returns:
+      `LyapunovExponents`, (..., N) each. NumPy float64 on the host; on tracers jax arrays in the factors' own dtype.
+      -inf where a factor has lost rank. The standard errors are those of about sqrt(L) batch means, so that steps
+      need not be independent, only batches.
+
+    Raises:
+      ValueError: empty, integer or complex factors, or factors that are not square: exponents are not defined for
+        unequal widths.
+
+    References:
+      Benettin et al., Meccanica 15, 1980; Engelken, Gradient flossing, arXiv:2312.17306, 2023.
+
+    >>> import jax.numpy as jnp
+    >>> w = jnp.broadcast_to(jnp.diag(jnp.array([2.0, 0.5])), (1000, 2, 2))
+    >>> lyapunov_exponents(w).exponents.round(4).tolist()
+    [0.6931, -0.6931]
+    """
+    if isinstance(factors, list | tuple):
+        shapes = [np.shape(x) for x in factors]
+        raise ValueError(
+            f"lyapunov_exponents: a list of factors with shapes {shapes}; exponents per step need square factors of "
+            "one size, stacked to (..., L, N, N). For unequal widths use log_singular_values."
+        )
+    return _by_lane(_lyapunov, _check_factors(factors, "lyapunov_exponents"))
+
+
+def moments(factors: Any, k: int | Sequence[int] = (1, 2)) -> Any:
+    """Logarithms of the spectral moments m_k = tr (J J^T)^k / N of J = W_L ... W_1, where m_k itself overflows.
+
+    Differentiable on tracers, and defined where singular values coincide. Their ratio m_2 / m_1^2 - 1 is the relative
+    variance of the squared singular values (Pennington, Schoenholz, Ganguli 2017).
+
+    Args:
+      factors: (..., L, N, N) floating, or a list of matrices of unequal shapes; N is then the rows of the last.
+      k: one moment, or several, at least 1 each.
+
+    Returns:
+      (...) for an int, (..., len(k)) for a sequence, nats; -inf for a product that is zero. NumPy float64 on the
+      host; on tracers in the factors' own dtype.
+
+    Raises:
+      ValueError: factors as in `log_singular_values`; k below 1.
+
+    References:
+      Pennington, Schoenholz, Ganguli, Resurrecting the sigmoid, arXiv:1711.04735, 2017, eq. 11 on.
+
+    >>> import jax.numpy as jnp
+    >>> w = jnp.broadcast_to(2.0 * jnp.eye(3), (1000, 3, 3))                # m_1 = 4^1000
+    >>> moments(w, 1).round(3).tolist()
+    1386.294
+    """
+    ks = (k,) if isinstance(k, int | np.integer) else tuple(k)
+    if not ks or any(not isinstance(i, int | np.integer) or i < 1 for i in ks):
+        raise ValueError(f"moments: k is {k}; integers of at least 1 are needed.")
+    checked = _check_factors(factors, "moments")
+    with jax.enable_x64(_x64() or not _on_tracers(checked)):
+        stack, shapes = _stack(checked)
+    found = _by_lane(_moment_program(ks), stack) - float(np.log(shapes[-1][0]))
+    return found[..., 0] if isinstance(k, int | np.integer) else found
+
+
+@functools.cache
+def _moment_program(ks: tuple[int, ...]) -> Callable:
+    return functools.partial(_moments, ks=ks)
