@@ -8,6 +8,7 @@ Each is a function `init(key, shape, dtype)` on kernels of shape (..., fan_in, f
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.nn.initializers import Initializer
 def gaussian(sigma_w: float | Array) -> Initializer:
     """Kernel entries N(0, sigma_w^2 / fan_in); `sigma_w` may be a traced value."""
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key, shape, dtype: Any = jnp.float32, out_sharding: Any = None):
         fan_in = math.prod(shape[:-1])
         return jax.random.normal(key, shape, dtype) * jnp.asarray(sigma_w / math.sqrt(fan_in), dtype)
 
@@ -33,7 +34,7 @@ def orthogonal(sigma_w: float | Array) -> Initializer:
     """
     unit = jax.nn.initializers.orthogonal()
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key, shape, dtype: Any = jnp.float32, out_sharding: Any = None):
         widening = math.sqrt(max(shape[-1] / math.prod(shape[:-1]), 1.0))
         return unit(key, shape, dtype) * jnp.asarray(sigma_w * widening, dtype)
 
@@ -43,7 +44,7 @@ def orthogonal(sigma_w: float | Array) -> Initializer:
 def bias(sigma_b: float | Array) -> Initializer:
     """Bias entries N(0, sigma_b^2); `sigma_b` may be a traced value."""
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key, shape, dtype: Any = jnp.float32, out_sharding: Any = None):
         return jax.random.normal(key, shape, dtype) * jnp.asarray(sigma_b, dtype)
 
     return init

@@ -31,6 +31,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
+        """`h` with a share `rate` of its entries zero and the others divided by 1 - rate."""
         keep = jax.random.uniform(self.make_rng("dropout"), h.shape, h.dtype) >= self.rate
         return jnp.where(keep, h / (1.0 - jnp.asarray(self.rate, h.dtype)), jnp.zeros_like(h))
 
@@ -50,6 +51,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
+        """The next state, (..., width)."""
         kernel_init, bias_init = WEIGHTS[self.weights](self.sigma_w), bias(self.sigma_b)
         z = nn.Dense(self.width, kernel_init=kernel_init, bias_init=bias_init, name="dense")(h)
         if self.normalization == "layernorm":
@@ -130,7 +132,7 @@ class MLP(nn.Module):
 
             return step
 
-        def theta(name):
+        def theta(name) -> dict[str, Any]:
             own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
             return {"variables": own}
 
