@@ -221,9 +221,7 @@ def refusal(call, *args):
     with pytest.raises(ConfigError) as caught:
         call(*args)
     text = str(caught.value)
-    assert text.startswith("config: ") and (
-        "allowed" in text or "need" in text or "keys" in text or "tables" in text
-    )
+    assert text.startswith("config: ") and ("allowed" in text or "need" in text or "keys" in text or "tables" in text)
     return text
 
 
@@ -254,9 +252,7 @@ def test_every_problem_is_reported_at_once(toml):
 
 
 def test_a_flag_does_not_hide_a_broken_file(toml):
-    assert "model.depth = 'ten' in" in refusal(
-        config.load, toml("[model]\ndepth = 'ten'"), ["--model.depth=1"]
-    )
+    assert "model.depth = 'ten' in" in refusal(config.load, toml("[model]\ndepth = 'ten'"), ["--model.depth=1"])
 
 
 def test_a_file_that_cannot_be_read(toml, tmp_path):
@@ -293,9 +289,7 @@ def test_from_dict_is_as_strict():
 
 def test_check_judges_types_of_an_experiment_built_by_hand():
     config.check(Experiment(model=Model(sigma_w=2)))
-    assert "model.depth = 10.5 is not an integer" in refusal(
-        config.check, Experiment(model=Model(depth=10.5))
-    )  # type: ignore
+    assert "model.depth = 10.5 is not an integer" in refusal(config.check, Experiment(model=Model(depth=10.5)))  # type: ignore
 
 
 # -- what a sweep needs ----------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""The `gradjax` command.
+
+    gradjax diagnose CONFIG [--flags]   measure a network at initialisation, and say what ails it
+    gradjax data {fetch,verify,list}    the data sets
+
+Exit status 0 for every verdict, a sick one too; 2 for input that cannot be used, with one message and no traceback.
+Heavy imports are inside the commands, so that `gradjax --help` answers at once; the thread count of the LAPACK that
+jaxlib ships is set before JAX starts, because two threads make its small factorisations a hundred times slower.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gradjax import config
+
+USAGE = """usage: gradjax COMMAND ...
+
+See, explain, cure and prove exploding and vanishing gradients in JAX.
+
+commands:
+  diagnose CONFIG [--flags]   measure a network at initialisation: verdict, table, figure
+  data {list,fetch,verify}    the data sets: where they lie, fetch one, check its hashes
+
+examples:
+  gradjax diagnose configs/demo.toml
+  gradjax diagnose configs/demo.toml --model.depth 200 --json
+  gradjax data fetch mnist
+
+`gradjax COMMAND --help` lists the flags of a command.
+"""
+
+
+@dataclass(frozen=True)
+class DiagnoseCommand(config.Command):
+    """gradjax diagnose CONFIG: measure a network at initialisation, over several seeds, and give a verdict."""
+
+    json: bool = False
+    """Print one JSON object to standard output and nothing else."""
+
+
+def _diagnose(args: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(args):
+        print(config.help_text("gradjax diagnose", DiagnoseCommand, DiagnoseCommand.__doc__ or ""))
+        return 0
+    experiment, options = config.parse(args, DiagnoseCommand)
+
+    from rich.console import Console
+
+    from gradjax import diagnosis, results
+    from gradjax.measure import measure
+
+    started = time.monotonic()
+    with Console(stderr=True).status("starting JAX") as status:
+        ds = measure(experiment, progress=status.update)
+        status.update("verdict, figure and files")
+        folder = results.run_folder(experiment.output, experiment.name)
+        meta = {
+            "name": experiment.name,
+            "folder": str(folder),
+            "seed": experiment.seed,
+            "seconds": round(time.monotonic() - started, 2),
+            "left_out": ds.attrs["left_out"],
+            "spectrum_seeds": ds.sizes.get("spectrum_seed", 0),
+            "config": config.to_dict(experiment),
+            "versions": results.provenance(),
+        }
+        verdict = diagnosis.judge(ds, meta)
+        _write(folder, experiment, verdict)
+    if options.json:
+        print(verdict.to_json())
+    else:
+        _print_verdict(verdict, folder)
+    return 0
+
+
+def _write(folder, experiment: config.Experiment, verdict) -> None:
+    """The run folder: config, dataset with its provenance, verdict, figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from gradjax import plots, results
+
+    text = config.to_toml(experiment)
+    provenance = {f"version_{name}": value for name, value in verdict.meta["versions"].items()}
+    ds = verdict.measurements.assign_attrs(config=text, seed=experiment.seed, **provenance)
+    (folder / "config.toml").write_text(text)
+    (folder / "diagnosis.json").write_text(verdict.to_json() + "\n")
+    results.save(ds, folder / "results.nc")
+    figure = plots.diagnosis_figure(ds, f"{experiment.name}: {_headline(verdict, ' ')}")
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"diagnosis.{suffix}", dpi=160)
+
+
+def _headline(verdict, space: str = "_") -> str:
+    return ", ".join(f.pathology.replace("_", space) for f in verdict.findings) or "healthy"
+
+
+def _print_verdict(verdict, folder) -> None:
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from gradjax import diagnosis, results
+
+    console = Console()
+    parts = results.jsonable(diagnosis.layers(verdict.measurements))
+    columns = {
+        "log_activation_rms": "activation",
+        "log_cotangent_rms": "cotangent",
+        "log_gradient_norm": "gradient",
+        "log_singular_value_max": "largest σ",
+        "log_singular_value_min": "smallest σ",
+    }
+    table = Table(title=f"{verdict.meta['name']}: natural logarithms, medians over seeds", title_justify="left")
+    table.add_column("layer")
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    step = max(1, math.ceil(len(parts) / 12))
+    for i, row in enumerate(parts):
+        if i % step == 0 or i == len(parts) - 1:
+            cells = (row[name] for name in columns)
+            table.add_row(
+                row["name"], *("-" if c is None else f"{c:.2f}" if isinstance(c, float) else c for c in cells)
+            )
+    console.print(table)
+    product = diagnosis.product(verdict.measurements)
+    values = product["log_singular_values"]
+    if values is not None and (values > -math.inf).any():
+        alive = values[values > -math.inf]
+        rank = "" if len(alive) == len(values) else f", rank {len(alive)} of {len(values)}"
+        console.print(
+            f"layer product: singular values from {diagnosis.factor(alive[0])} down to {diagnosis.factor(alive[-1])}"
+            f"{rank}; {product['growth_nats_per_layer']:+.3f} nats per layer",
+            highlight=False,
+        )
+    elif verdict.meta["left_out"]:
+        console.print(f"left out: {verdict.meta['left_out']}")
+    style = "bold green" if verdict.healthy else "bold red"
+    console.print(f"\nverdict: [{style}]{_headline(verdict)}[/]")
+    for finding in verdict.findings:
+        console.print(diagnosis.explain(finding), highlight=False)
+        console.print(f"Remedies to try: {', '.join(finding.remedies)}.", highlight=False)
+    console.print(f"figure:  {folder / 'diagnosis.png'}", highlight=False, soft_wrap=True)
+
+
+def _data(args: Sequence[str]) -> int:
+    from gradjax import tasks
+
+    usage = "usage: gradjax data list | gradjax data fetch NAME | gradjax data verify NAME"
+    if not args or {"-h", "--help"} & set(args):
+        print(usage)
+        return 0
+    match list(args):
+        case ["list"]:
+            for name, description, place in tasks.available():
+                print(f"{name:15}{description}\n{'':15}{place or 'not here yet: gradjax data fetch ' + name}")
+        case ["fetch", name]:
+            print("\n".join(map(str, tasks.fetch(name))) or f"{name} comes with scikit-learn; nothing to fetch")
+        case ["verify", name]:
+            rows = tasks.verify(name)
+            for file, sha256, good in rows:
+                print(f"{'ok     ' if good else 'DAMAGED' if sha256 else 'MISSING'}  {file}  {sha256 or ''}")
+            return 0 if all(good for *_, good in rows) else 2
+        case _:
+            raise config.ConfigError(f"data: got {' '.join(args)!r}; {usage}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"diagnose": _diagnose, "data": _data}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if args[0] == "--version":
+            import gradjax
+
+            print(f"gradjax {gradjax.__version__}")
+            return 0
+        if args[0] not in COMMANDS:
+            near = config.nearest(args[0], {name: name for name in COMMANDS})
+            raise config.ConfigError(f"gradjax: unknown command {args[0]!r}{near}; commands: {', '.join(COMMANDS)}")
+        return COMMANDS[args[0]](args[1:])
+    except ValueError as error:  # config and data errors, and the checks that come before tracing
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"gradjax: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Measurements of a configured network at initialisation, over vmapped seeds: config -> xarray.Dataset.
+
+Per seed and hidden layer: activation rms, cotangent rms and parameter-gradient norm of one training batch
+(`gradjax.step.signals`: overflow-safe); per layer Jacobian its largest, smallest and rms singular value; of the layer
+product all log singular values (`gradjax.spectrum`), at the batch's first example. All logarithms are natural.
+
+The batch and its split depend on `experiment.seed` alone; seed i of the network is the same whatever `num_seeds` is.
+Cost: one compiled program for the signals, O(depth * width^3) per seed for the spectra.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import xarray as xr
+from jax import Array
+
+from gradjax import tasks
+from gradjax.config import Experiment
+from gradjax.models import MODELS
+from gradjax.spectrum import jacobian_spectrum
+from gradjax.step import layer_jacobian, signals
+
+# Work of the spectra in units of width^3, 30 per layer: some 2e9 a second on two cores.
+ALL_SEEDS_WORK = 5e10  # fewer seeds beyond it
+ONE_SEED_WORK = 5e11  # none where one seed alone is beyond it (BatchNorm's state is the whole batch)
+
+
+def _spectrum_seeds(experiment: Experiment, state_size: int) -> int:
+    """How many seeds get their spectra: as many as asked for within the work above, one at least, or none."""
+    asked = min(experiment.diagnose.spectrum_seeds, experiment.diagnose.num_seeds)
+    work = 30.0 * experiment.model.depth * state_size**3
+    return 0 if work > ONE_SEED_WORK else min(asked, max(1, int(ALL_SEEDS_WORK // work)))
+
+
+def _rms(log_values: np.ndarray, size: int) -> np.ndarray:
+    """log sqrt(sum e^(2 v) / size) over the last axis."""
+    return 0.5 * (np.logaddexp.reduce(2 * log_values, axis=-1) - np.log(size))
+
+
+def _log_svd(matrices: np.ndarray) -> np.ndarray:
+    """Log singular values of single matrices; -inf at and below the rounding error of their decomposition."""
+    values = np.linalg.svd(matrices, compute_uv=False)
+    noise = values[..., :1] * max(matrices.shape[-2:]) * np.finfo(np.float64).eps
+    return np.log(values, out=np.full_like(values, -np.inf), where=values > noise)
+
+
+def _spectra(links: list, x: Array) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Singular values per layer and of the product; x and the thetas of the links have a leading seed axis."""
+    (embed, theta), *stack = links[:-1]
+    jacobian, h = jax.jit(jax.vmap(lambda x, theta: layer_jacobian(embed, x, theta)))(x, theta)
+    first = _log_svd(np.asarray(jacobian, np.float64))
+    largest, smallest, gain = first[:, :1], first[:, -1:], _rms(first, jacobian.shape[2])[:, None]
+    variables = {}
+    if stack:
+        spectrum = jacobian_spectrum(stack[0][0], h, stack[0][1], in_axes=(0, 0), layers=True)
+        each = np.asarray(spectrum.layer_log_singular_values)
+        largest, smallest = np.hstack([largest, each[..., 0]]), np.hstack([smallest, each[..., -1]])
+        gain = np.hstack([gain, spectrum.log_gain])
+        variables["log_singular_values"] = (("spectrum_seed", "index"), spectrum.log_singular_values)
+    return variables | {
+        "log_singular_value_max": (("spectrum_seed", "layer"), largest),
+        "log_singular_value_min": (("spectrum_seed", "layer"), smallest),
+        "log_gain": (("spectrum_seed", "layer"), gain),
+    }
+
+
+def measure(experiment: Experiment, progress: Callable[[str], None] = lambda message: None) -> xr.Dataset:
+    """Measure the network of a checked config at initialisation.
+
+    Args:
+      experiment: as `gradjax.config.load` returns it.
+      progress: called with a line of text before each long part.
+
+    Returns:
+      Dataset of float64 natural logarithms. Dimension `layer` is hidden_1 .. hidden_depth, `seed` the networks,
+      `spectrum_seed` the first of them, `index` the singular values in descending order:
+        log_activation_rms, log_cotangent_rms (of d loss / d h, the batch's mean loss), log_gradient_norm (of the
+        parameters of that layer): (seed, layer); loss, log_gradient_norm_readout: (seed,);
+        log_singular_value_max, log_singular_value_min, log_gain (log rms singular value): (spectrum_seed, layer);
+        log_singular_values of the product J = J_depth .. J_2: (spectrum_seed, index).
+      What was too dear to compute is absent, and the attribute `left_out` says so.
+
+    Raises:
+      ValueError: a batch larger than the training split; `gradjax.tasks` names missing and damaged files.
+    """
+    depth, num_seeds = experiment.model.depth, experiment.diagnose.num_seeds
+    progress(f"reading {experiment.task.name}")
+    data_key, model_key = jax.random.split(jax.random.key(experiment.seed))
+    task = experiment.task
+    splits = tasks.load(task.name, data_key, validation=task.validation, test=task.test, normalize=task.normalize)
+    batch = tasks.batch_at(splits.train, data_key, 0, task.batch_size)
+    model = MODELS[experiment.model.name](experiment.model, int(splits.train.y.max()) + 1)
+
+    def init(key: Array) -> tuple:
+        params_key, dropout_key = jax.random.split(key)
+        return model.init({"params": params_key, "dropout": dropout_key}, batch.x, train=True), dropout_key
+
+    def loss_of(logits: Array) -> Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).mean()
+
+    progress(f"signals of {num_seeds} seeds, {depth} layers")
+    keys = jax.vmap(lambda i: jax.random.fold_in(model_key, i))(jnp.arange(num_seeds))
+    measured = jax.jit(jax.vmap(lambda key: signals(model.links(*init(key)), batch.x, loss=loss_of)))(keys)
+    activation, cotangent, gradient, loss = (np.asarray(x, np.float64) for x in measured)
+    variables = {
+        "log_activation_rms": (("seed", "layer"), activation[:, 1:-1]),
+        "log_cotangent_rms": (("seed", "layer"), cotangent[:, 1:-1]),
+        "log_gradient_norm": (("seed", "layer"), gradient[:, :-1]),
+        "log_gradient_norm_readout": (("seed",), gradient[:, -1]),
+        "loss": (("seed",), loss),
+    }
+
+    coupled = experiment.model.normalization == "batchnorm"  # then the state is the batch
+    examples = batch.x if coupled else batch.x[0]
+    state_size = experiment.model.width * (len(examples) if coupled else 1)
+    lanes, left_out = _spectrum_seeds(experiment, state_size), ""
+    if lanes:
+        progress(f"singular values of {depth} layers and their product, {lanes} seeds")
+        networks = jax.jit(jax.vmap(init))(keys[:lanes])
+        thetas = jax.vmap(lambda network: [theta for _, theta in model.links(*network)])(networks)
+        one = model.links(*jax.tree.map(lambda leaf: leaf[0], networks))  # its steps serve every lane
+        links = [(step, theta) for (step, _), theta in zip(one, thetas, strict=True)]
+        variables |= _spectra(links, jnp.broadcast_to(examples, (lanes, *examples.shape)))
+    elif experiment.diagnose.spectrum_seeds:
+        left_out = f"spectra of {depth} layers\nwith {state_size} entries each: too dear"
+    return xr.Dataset(
+        variables,
+        coords={"layer": [f"hidden_{i + 1}" for i in range(depth)], "seed": np.arange(num_seeds)},
+        attrs={"left_out": left_out, "width": experiment.model.width},
+    )
