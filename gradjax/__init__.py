@@ -26,7 +26,15 @@ _HOME = {
     "signals": "step",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "__version__",
+    "jacobian_spectrum",
+    "layer_jacobians",
+    "log_singular_values",
+    "lyapunov_exponents",
+    "moments",
+    "signals",
+]
 
 
 def __getattr__(name: str) -> Any:

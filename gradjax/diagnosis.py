@@ -229,10 +229,10 @@ def judge(ds: xr.Dataset, meta: dict[str, Any] | None = None) -> Diagnosis:
 
 
 def factor(nats: float) -> str:
-    """e^nats as people read it, however large: `8.5e+12`, `1e+217`.
+    """e^nats as people read it, however large: `8.5e+12`, `1.4e+217`.
 
     >>> factor(0.5), factor(500.0)
-    ('1.65', '1e+217')
+    ('1.65', '1.4e+217')
     """
     if not math.isfinite(nats):
         return "0" if nats < 0 else str(nats)

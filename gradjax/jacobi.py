@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from gradjax.product import columns, fold_and_sort, graded, log_qr, safe_log
+from gradjax.graded import fold_and_sort, log_qr
+from gradjax.product import columns, graded, safe_log
 
 SWEEPS = 12  # of Jacobi; graded rows need 2 to 5
 PASSES = 2
