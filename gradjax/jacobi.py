@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from gradjax.graded import fold_and_sort, log_qr
-from gradjax.product import columns, graded, safe_log
+from gradjax.grading import fold_and_sort, log_qr
+from gradjax.product import columns, safe_log, unit_triangle
 
 SWEEPS = 12  # of Jacobi; graded rows need 2 to 5
 PASSES = 2
@@ -43,7 +43,7 @@ def _product(factors: Array) -> tuple[Array, Array]:
             rank = jnp.minimum(rank, jnp.sum(jnp.any(w != 0, axis=axis), dtype=jnp.int32))
         q, r_factor = jnp.linalg.qr(m)
         r = jnp.where(i < rank, jnp.abs(jnp.diagonal(r_factor)), 0.0)
-        t = jnp.matmul(graded(r_factor.T, r, s).T, t, precision="highest")
+        t = jnp.matmul(unit_triangle(r_factor.T, r, s).T, t, precision="highest")
         return (jnp.where((r > 0)[None, :], q, 0.0), s + safe_log(r), t, rank), None
 
     eye = jnp.eye(n, dtype=factors.dtype)

@@ -14,7 +14,7 @@ What it does not do: gain digits that the factors do not determine. One factor w
 dtype holds singular values that its own rounding has decided; they are counted in `undetermined`.
 
 Cost: O(depth * width^3), memory O(width^2) beside the factors. Everything here runs inside float64 (x64) and knows
-nothing of steps, lanes or networks; `gradjax.graded` turns the result into singular values.
+nothing of steps, lanes or networks; `gradjax.grading` turns the result into singular values.
 
 References: G. W. Stewart, On graded QR decompositions of products of matrices (ETNA 3, 1995); D. E. Stewart, A new
 algorithm for the SVD of a long product of matrices and the stability of products (ETNA 5, 1997); Oliveira & Stewart,
@@ -31,7 +31,7 @@ from jax import Array, lax
 
 EPS = float(np.finfo(np.float64).eps)
 BLOCK_ERROR = 500.0  # error of a block <= BLOCK_ERROR * eps * e^-g, g its smallest log pivot; measured 25 to 400
-ROUNDING = 30.0  # the same constant where the rounding of a product is bounded entry by entry
+ROUNDING = 100.0  # the same constant where the rounding of a product is bounded entry by entry
 SLACK = float(np.log(BLOCK_ERROR / ROUNDING))
 LU_OFFSET = 3.0  # nats that the smallest pivot of a perfectly conditioned block shows under LU
 CLIP = 60.0  # cap on s_j - s_i above the diagonal of T: e^60 lies far beyond what GROWTH accepts
@@ -98,7 +98,7 @@ def columns(m_t: Array) -> Array:
     return top * jnp.sqrt(jnp.sum(unit * unit, axis=1))
 
 
-def graded(r_t: Array, r: Array, s: Array) -> Array:
+def unit_triangle(r_t: Array, r: Array, s: Array) -> Array:
     """(R_ij / r_i e^(s_j - s_i))^T for i <= j; zero where r_i = 0."""
     i = jnp.arange(r_t.shape[0])
     # a lost scale (-inf) has r = 0 or an empty row: any finite value serves
@@ -160,9 +160,7 @@ def _log_gain(w: Array, wide: bool) -> Array:
     return safe_log(size) - 0.5 * float(np.log(w.shape[0]))
 
 
-def sweep(
-    layer: Layer, carry: Any, depth: int, n: int, *, tol: float, dtype: Any, careful: bool = False
-) -> Product:
+def sweep(layer: Layer, carry: Any, depth: int, n: int, *, tol: float, dtype: Any, careful: bool = False) -> Product:
     """J = X diag(e^s) T in one pass with blocks of adaptive length.
 
     Args:
@@ -212,16 +210,16 @@ def sweep(
         return partial() if careful else lax.cond(st.part == WHOLE, whole, partial)
 
     def factorise(st: _State, m_t: Array, column: Array, total: Array, alone: Array):
-        """LU of M, and the log pivots g against the rounding of the block: its error is BLOCK_ERROR eps e^-g."""
+        """LU of M, and the log pivots g against the rounding of the block: its error is BLOCK_ERROR eps e^-g.
+
+        Also the smallest pivot against the columns and gains of the block, which longer blocks would be judged by.
+        """
         x_t, packed, order = _lu(m_t)
         r = jnp.abs(jnp.diagonal(packed))
-        rounding = lax.cond(
-            alone,
-            lambda: _log_rounding(m_t, st.x_t, packed, order, st.part),
-            lambda: jnp.maximum(safe_log(column), total - SLACK),
-        )
-        live = st.s > -jnp.inf
-        return x_t, packed, r, jnp.where(live & (r > 0), safe_log(r) - rounding, jnp.where(live, -jnp.inf, 0.0))
+        live = (st.s > -jnp.inf) & (r > 0)
+        by_block = safe_log(r) - jnp.maximum(safe_log(column), total - SLACK)
+        g = lax.cond(alone, lambda: safe_log(r) - _log_rounding(m_t, st.x_t, packed, order, st.part), lambda: by_block)
+        return x_t, packed, r, g, jnp.min(jnp.where(live, by_block, 0.0))
 
     def body(st: _State) -> _State:
         m = jnp.minimum(st.length, depth - st.layer)
@@ -232,7 +230,7 @@ def sweep(
         if careful:
             order = jnp.argsort(-(st.s + safe_log(column)))
             st, m_t, column = _reorder(st, order, rows), m_t[order], column[order]
-        x_t, packed, r, g = factorise(st, m_t, column, total, alone)
+        x_t, packed, r, g, nats = factorise(st, m_t, column, total, alone)
         live = st.s > -jnp.inf
         if careful:
             keep = live & (g > lost_below)
@@ -241,15 +239,13 @@ def sweep(
                 """Dependent columns again, in the last place."""
                 order = jnp.argsort(~keep, stable=True)
                 moved = _reorder(st, order, rows)
-                x_t, packed, r, g = factorise(moved, m_t[order], column[order], total, alone)
+                x_t, packed, r, g, _ = factorise(moved, m_t[order], column[order], total, alone)
                 # their coefficients on columns that stood behind them are rounding, blown up by the scales
                 stood_before = order[:, None] > order[None, :]
                 packed = jnp.where(keep[order][:, None] | stood_before, packed, 0.0)
                 return moved, x_t, packed, r, g, keep[order]
 
-            st, x_t, packed, r, g, keep = lax.cond(
-                jnp.any(live & ~keep), last, lambda: (st, x_t, packed, r, g, keep)
-            )
+            st, x_t, packed, r, g, keep = lax.cond(jnp.any(live & ~keep), last, lambda: (st, x_t, packed, r, g, keep))
             live = keep
         keep = live & (r > 0)
         lost = live & ~keep
@@ -265,9 +261,9 @@ def sweep(
         good = good & jnp.all(jnp.isfinite(column)) & lax.cond(jnp.any(lost), no_row_left, lambda: jnp.asarray(True))
 
         def accept() -> _State:
-            scaled = graded(packed, jnp.where(keep, r, 0.0), st.s)
+            scaled = unit_triangle(packed, jnp.where(keep, r, 0.0), st.s)
             reach = jnp.max(jnp.abs(safe_log(size))) / float(np.log(RANGE))
-            now = jnp.maximum(jnp.maximum(-lowest - LU_OFFSET, 0.2), reach * room) / m.astype(lowest.dtype)
+            now = jnp.maximum(jnp.maximum(-nats - LU_OFFSET, 0.2), reach * room) / m.astype(nats.dtype)
             slope = jnp.where(st.slope < 0, now, st.slope + 0.2 * jnp.clip(now - st.slope, -st.slope, st.slope))
             wanted = jnp.minimum(0.75 * room / slope, LONGEST).astype(jnp.int32)
             whole = st.part == WHOLE

@@ -21,8 +21,10 @@ matrices of this size. On tracers, under jit, vmap or grad, they run in the fact
 """
 
 import functools
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +32,12 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 
-from gradjax import jacobi, product, scale
+from gradjax import grading, jacobi, product, scale
+from gradjax.factors import check_factors, on_tracers, stack_factors, x64
+from gradjax.growth import LyapunovExponents as LyapunovExponents
+from gradjax.growth import lyapunov_exponents as lyapunov_exponents
+from gradjax.growth import moments as moments
 from gradjax.step import Scan, check_step, is_links, layer_jacobian, layer_jacobians
 
 PyTree = Any
@@ -43,7 +48,7 @@ CHUNK_BYTES = 1 << 26  # of layer Jacobians held at a time for `layers=True`
 class SpectrumInfo(NamedTuple):
     """How each lane's log singular values were found, and what they are worth; every field has the lanes' shape."""
 
-    method: np.ndarray  # str: "lu", "sorted" (the fallback), "none" (NaN)
+    method: np.ndarray  # str: "lu", "careful" (the fallback), "none" (NaN)
     blocks: np.ndarray  # int: factorisations
     rejects: np.ndarray  # int: blocks thrown away and redone shorter
     error_bound: np.ndarray  # nats: from the pivots; 10 to 1000 times the errors that were measured
@@ -65,26 +70,21 @@ class JacobianSpectrum(NamedTuple):
 # ---- programs: jitted inside x64, one lane after another, so that no lane waits for another's rejected blocks
 
 
-def _solve(
-    layer: product.Layer, carry: PyTree, depth: int, n: int, *, method: str, tol: float, eps: float, gains: bool
-):
-    """One lane: (what is left for `product.windows`, the sweep without its matrices)."""
-    if method == "lu":
-        found = product.sweep(layer, carry, depth, n, tol=tol, eps=eps, gains=gains)
-    else:
-        found = product.sweep_sorted(layer, carry, depth, n, eps=eps, gains=gains)
-    graded = product.finish(found, product.passes(tol))
-    return graded, found._replace(x_t=None, s=None, t_t=None)  # pyright: ignore[reportArgumentType]
+def _solve(layer: product.Layer, carry: PyTree, depth: int, n: int, *, tol: float, dtype: Any, careful: bool):
+    """One lane: (what is left for `grading.windows`, the sweep without its matrices)."""
+    found = product.sweep(layer, carry, depth, n, tol=tol, dtype=dtype, careful=careful)
+    graded = grading.finish(found, grading.passes(tol))
+    return graded, {k: x for k, x in found._asdict().items() if k not in ("x_t", "s", "t_t")}
 
 
-@functools.partial(jax.jit, static_argnames=("method", "tol", "eps"))
-def _of_factors(factors: Array, lanes: Array, *, method: str, tol: float, eps: float):
+@functools.partial(jax.jit, static_argnames=("careful", "tol"))
+def _of_factors(factors: Array, lanes: Array, *, careful: bool, tol: float):
     """factors (B, L, N, N), lanes (b,) indices into B."""
-    depth, n = factors.shape[1], factors.shape[-1]
 
     def one(lane):
         layer = lambda carry, index: (carry, factors[lane, index])
-        return _solve(layer, (), depth, n, method=method, tol=tol, eps=eps, gains=False)
+        depth, n = factors.shape[1], factors.shape[-1]
+        return _solve(layer, (), depth, n, tol=tol, dtype=factors.dtype, careful=careful)
 
     return lax.map(one, lanes)
 
@@ -93,13 +93,20 @@ def _shapes(tree: PyTree, drop: int = 0) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[drop:], x.dtype), tree)
 
 
-def _jacobian_in(x64: bool, step: Callable, h: PyTree, theta: PyTree) -> Callable:
-    """`layer_jacobian(step)` as it is traced with x64 set as the user has it.
+class _Context(NamedTuple):
+    """What of the caller's JAX settings decides the numbers of a step; both are local to a thread."""
+
+    x64: bool
+    precision: str | None
+
+
+def _jacobian_in(context: _Context, step: Callable, h: PyTree, theta: PyTree) -> Callable:
+    """`layer_jacobian(step)` as it is traced under the caller's own settings.
 
     Traced inside x64 the step would be another network: `jnp.zeros(4)` and `random.normal` would be float64, and
     dropout would draw other masks. Evaluating its jaxpr there keeps every dtype and bit.
     """
-    with jax.enable_x64(x64):
+    with jax.enable_x64(context.x64), jax.default_matmul_precision(context.precision):
         jaxpr, shapes = jax.make_jaxpr(functools.partial(layer_jacobian, step), return_shape=True)(
             _shapes(h), _shapes(theta)
         )
@@ -111,23 +118,22 @@ def _pick(tree: PyTree, *index: Array) -> PyTree:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-@functools.partial(jax.jit, static_argnames=("step", "in_axes", "x64", "method", "tol"))
-def _of_step(h0: PyTree, thetas: PyTree, lanes: Array, *, step, in_axes, x64: bool, method: str, tol: float):
+@functools.partial(jax.jit, static_argnames=("step", "in_axes", "context", "careful", "tol"))
+def _of_step(h0: PyTree, thetas: PyTree, lanes: Array, *, step, in_axes, context, careful: bool, tol: float):
     """The layer Jacobians are made inside the sweep from (h, theta_l): memory O(N^2) per lane."""
     depth = jax.tree.leaves(thetas)[0].shape[0 if in_axes[1] is None else 1]
 
     def one(lane):
         h = h0 if in_axes[0] is None else _pick(h0, lane)
         theta = lambda index: _pick(thetas, index) if in_axes[1] is None else _pick(thetas, lane, index)
-        jacobian = _jacobian_in(x64, step, h, theta(0))
+        jacobian = _jacobian_in(context, step, h, theta(0))
         w = jax.eval_shape(jacobian, h, theta(0))[0]
 
         def layer(h, index):
             w, h_next = jacobian(h, theta(index))
             return h_next, w
 
-        eps = float(jnp.finfo(w.dtype).eps)
-        return _solve(layer, h, depth, w.shape[0], method=method, tol=tol, eps=eps, gains=True)
+        return _solve(layer, h, depth, w.shape[0], tol=tol, dtype=w.dtype, careful=careful)
 
     return lax.map(one, lanes)
 
@@ -154,21 +160,46 @@ def _over_lanes(f: Callable, in_axes: tuple[int | None, int | None]) -> Callable
 # ---- the host: run, judge, fall back, warn
 
 
+def _workers() -> int:
+    """Threads that run lanes: one per core on a CPU, where one lane's LAPACK calls use one core."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_lanes(program: Callable, lanes: np.ndarray, tol: float, careful: bool) -> tuple[np.ndarray, dict]:
+    """(log singular values, what the sweeps found) of some lanes: chunks of them, over the cores."""
+
+    def chunk(lanes):
+        with jax.enable_x64(True):  # local to a thread
+            graded, found = program(lanes, careful=careful)
+            return grading.windows(graded, tol), {name: np.array(x) for name, x in found.items()}
+
+    workers = _workers()
+    size = max(1, len(lanes) // (8 * workers)) if workers > 1 else len(lanes)
+    chunks = np.resize(lanes, (-(-len(lanes) // size), size)).astype(np.int32)  # the last one filled up from the first
+    done = [chunk(chunks[0])]  # alone: it may have to compile
+    if len(chunks) > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            done += pool.map(chunk, chunks[1:])
+    join = lambda parts: np.concatenate(parts)[: len(lanes)]
+    return join([x for x, _ in done]), {name: join([found[name] for _, found in done]) for name in done[0][1]}
+
+
 def _run(program: Callable, count: int, tol: float) -> tuple[np.ndarray, np.ndarray, SpectrumInfo]:
-    """(log singular values (count, N), log_gain (count, depth or 0), info) of `count` lanes of a program."""
-    graded, found = program(np.arange(count, dtype=np.int32), method="lu")
-    values = product.windows(graded, tol)
-    found = {name: np.array(x) for name, x in found._asdict().items() if x is not None}
-    method = np.where(found["failed_at"] < 0, "lu", "none").astype("<U8")
-    trusted = _sound(found)
-    for lane in np.flatnonzero(~trusted & ~found["nonfinite"]):
-        graded, again = program(np.array([lane], np.int32), method="sorted")
-        values[lane] = product.windows(graded, tol)[0]
-        for name in found:
-            found[name][lane] = np.asarray(getattr(again, name))[0]
-        method[lane] = "sorted" if found["failed_at"][lane] < 0 else "none"
-    values[found["failed_at"] >= 0] = np.nan
-    trusted = _sound(found, growth=np.inf, disorder=np.inf) & ~np.isnan(values).any(axis=1)
+    """(log singular values (count, N), log_gain (count, depth), info) of `count` lanes of a program."""
+    values, found = _in_lanes(program, np.arange(count), tol, careful=False)
+    solved = found["failed_at"] < 0
+    moderate = (found["growth"] < product.GROWTH) & (found["disorder"] < product.DISORDER)
+    method = np.full(count, "lu", "<U8")
+    again = np.flatnonzero(~(solved & moderate) & ~found["nonfinite"])
+    if again.size:
+        values[again], careful = _in_lanes(program, again, tol, careful=True)
+        for name, x in careful.items():
+            found[name][again] = x
+        method[again] = "careful"
+    failed = found["failed_at"] >= 0
+    values[failed], method[failed] = np.nan, "none"
     info = SpectrumInfo(
         method=method,
         blocks=found["blocks"],
@@ -176,13 +207,9 @@ def _run(program: Callable, count: int, tol: float) -> tuple[np.ndarray, np.ndar
         error_bound=found["error"],
         undetermined=found["undetermined"],
         failed_layer=found["failed_at"],
-        trusted=trusted,
+        trusted=~np.isnan(values).any(axis=1) & (found["worst"] <= 1.001 * tol),
     )
     return values, found["log_gain"], info
-
-
-def _sound(found: dict[str, np.ndarray], growth=product.GROWTH, disorder=product.DISORDER) -> np.ndarray:
-    return (found["failed_at"] < 0) & (found["growth"] < growth) & (found["disorder"] < disorder)
 
 
 def _warn(info: SpectrumInfo, name: str) -> None:
@@ -197,8 +224,8 @@ def _warn(info: SpectrumInfo, name: str) -> None:
     doubtful = int(((info.failed_layer < 0) & ~info.trusted).sum())
     if doubtful:
         warnings.warn(
-            f"{name}: {doubtful} of {info.trusted.size} products did not pass the checks after every method; their "
-            "smallest values are not to be trusted. See info.error_bound.",
+            f"{name}: in {doubtful} of {info.trusted.size} products a factor is so ill-conditioned that rounding "
+            f"decides the smallest values; the largest error bound is {info.error_bound.max():.1e} nats.",
             stacklevel=3,
         )
 
@@ -209,75 +236,20 @@ def _check_tol(tol: float, name: str) -> float:
     return float(tol)
 
 
-def _x64() -> bool:
-    """Whether x64 is on where the caller stands."""
-    return jnp.result_type(float) == jnp.float64
-
-
-def _on_tracers(*trees: PyTree) -> bool:
-    return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
-
-
-def _check_factors(factors: Any, name: str) -> list[Any] | Any:
-    """The factors with dtypes: a stack (..., L, N, N), or a list of matrices; ValueError where they do not fit."""
-    is_list = isinstance(factors, list | tuple)
-    items = [x if hasattr(x, "dtype") else np.asarray(x) for x in (factors if is_list else [factors])]
-    shapes = [tuple(x.shape) for x in items]
-    for i, x in enumerate(items):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"{name}: factor {i} is {shapes[i]} {x.dtype}; real floating factors are needed. Cast them."
-            )
-    if is_list:
-        if not items:
-            raise ValueError(f"{name}: the list of factors is empty; at least one matrix is needed.")
-        if any(len(s) != 2 or 0 in s for s in shapes):
-            raise ValueError(f"{name}: a list holds matrices, got shapes {shapes}; stack equal ones to (..., L, N, N).")
-        for i in range(1, len(items)):
-            if shapes[i][1] != shapes[i - 1][0]:
-                raise ValueError(
-                    f"{name}: factor {i} is {shapes[i]} and factor {i - 1} is {shapes[i - 1]}; factors are applied "
-                    f"first to last, so {shapes[i][1]} columns must meet {shapes[i - 1][0]} rows."
-                )
-        return items
-    shape = shapes[0]
-    if len(shape) < 3 or shape[-1] != shape[-2] or 0 in shape:
-        raise ValueError(
-            f"{name}: factors have shape {shape}; (..., L, N, N) with L, N at least 1 is needed. For layers of unequal "
-            "width pass a list of matrices."
-        )
-    return items[0]
-
-
-def _stack(factors: Any) -> tuple[Any, list[tuple[int, int]]]:
-    """(..., L, N, N) and the shapes of the factors; matrices of unequal shape are padded with zeros.
-
-    Padding adds singular values that are exactly zero, and nothing else.
-    """
-    if not isinstance(factors, list):
-        return jnp.asarray(factors), [tuple(factors.shape[-2:])] * factors.shape[-3]
-    shapes = [tuple(x.shape[-2:]) for x in factors]
-    n = max(max(shape) for shape in shapes)
-    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in factors])
-    pad = lambda x: [(0, 0)] * (x.ndim - 2) + [(0, n - x.shape[-2]), (0, n - x.shape[-1])]
-    return jnp.stack([jnp.pad(jnp.asarray(x, dtype), pad(x)) for x in factors], axis=-3), shapes
-
-
 def _of_arrays(factors: Any, tol: float) -> tuple[np.ndarray, SpectrumInfo]:
     """(log singular values, info) of checked factors, without the warnings."""
     with jax.enable_x64(True):
-        stack, shapes = _stack(factors)
+        stack, shapes = stack_factors(factors)
         lanes, n = stack.shape[:-3], stack.shape[-1]
         flat = stack.reshape(-1, *stack.shape[-3:])
-        program = functools.partial(_of_factors, flat, tol=tol, eps=float(jnp.finfo(stack.dtype).eps))
-        values, _, info = _run(program, flat.shape[0], tol)
+    values, _, info = _run(functools.partial(_of_factors, flat, tol=tol), flat.shape[0], tol)
     info = SpectrumInfo(*(x.reshape(lanes) for x in info))
     return values.reshape(*lanes, n)[..., : min(shapes[0][1], shapes[-1][0])], info
 
 
 def _of_tracers(factors: Any) -> Array:
     """Log singular values in the factors' own dtype."""
-    stack, shapes = _stack(factors)
+    stack, shapes = stack_factors(factors)
     values = jax.vmap(jacobi.log_singular_values)(stack.reshape(-1, *stack.shape[-3:]))
     return values.reshape(*stack.shape[:-3], -1)[..., : min(shapes[0][1], shapes[-1][0])]
 
@@ -311,8 +283,8 @@ def log_singular_values(factors: Any, *, tol: float = 1e-6, return_info: bool = 
     """
     name = "log_singular_values"
     tol = _check_tol(tol, name)
-    factors = _check_factors(factors, name)
-    if _on_tracers(factors):
+    factors = check_factors(factors, name)
+    if on_tracers(factors):
         return _of_tracers(factors)
     values, info = _of_arrays(factors, tol)
     _warn(info, name)
@@ -360,12 +332,11 @@ def jacobian_spectrum(
     tol = _check_tol(tol, name)
     h0, thetas, count = _check_lanes(step, h0, thetas, in_axes)
     in_axes = (in_axes[0], in_axes[1])
-    if is_links(step) or _on_tracers(h0, thetas):
+    if is_links(step) or on_tracers(h0, thetas):
         return _of_whole_network(step, h0, thetas, in_axes, layers, tol)
-    x64 = _x64()
-    with jax.enable_x64(True):
-        program = functools.partial(_of_step, h0, thetas, step=step, in_axes=in_axes, x64=x64, tol=tol)
-        values, log_gain, info = _run(program, count or 1, tol)
+    context = _Context(x64(), getattr(jax.config, "jax_default_matmul_precision", None))
+    program = functools.partial(_of_step, h0, thetas, step=step, in_axes=in_axes, context=context, tol=tol)
+    values, log_gain, info = _run(program, count or 1, tol)
     each = _each_layer(step, h0, thetas, in_axes, values.shape[-1], count or 1, tol) if layers else None
     if count is None:
         values, log_gain, info = values[0], log_gain[0], SpectrumInfo(*(x[0] for x in info))
@@ -397,9 +368,9 @@ def _of_whole_network(step, h0, thetas, in_axes, layers: bool, tol: float) -> Ja
 
     if is_links(step):
         thetas = [link[1] for link in step]
-    traced = _on_tracers(h0, thetas)
+    traced = on_tracers(h0, thetas)
     factors = _over_lanes(jacobians, in_axes)(h0, thetas)
-    stack, shapes = _stack(factors)
+    stack, shapes = stack_factors(factors)
     log_norm = jnp.vectorize(scale.log_norm, signature="(n,n)->()")(stack)
     log_gain = log_norm - jnp.asarray([0.5 * np.log(shape[0]) for shape in shapes], log_norm.dtype)
     each = stack[..., None, :, :]
@@ -444,142 +415,3 @@ def _check_lanes(step: Any, h0: PyTree, thetas: PyTree, in_axes: Any) -> tuple[P
     else:
         check_step(step, *one)
     return h0, thetas, sizes.pop() if sizes else None
-
-
-class LyapunovExponents(NamedTuple):
-    """Finite-depth Lyapunov exponents of a product, in the order of the QR sweep (descending in the limit)."""
-
-    exponents: Array  # (..., N) nats per factor
-    standard_errors: Array  # (..., N) nats per factor, by batch means; NaN below 4 factors
-
-
-def _lyapunov(factors: Array) -> LyapunovExponents:
-    """One lane (L, N, N)."""
-    depth, n = factors.shape[0], factors.shape[-1]
-
-    def one(q, w):
-        q, r = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))
-        return q, product.safe_log(jnp.abs(jnp.diagonal(r)))
-
-    _, growth = lax.scan(one, jnp.eye(n, dtype=factors.dtype), factors)
-    batches = int(np.sqrt(depth))
-    if batches < 2:
-        return LyapunovExponents(jnp.mean(growth, 0), jnp.full(n, jnp.nan, growth.dtype))
-    size = depth // batches
-    means = jnp.mean(growth[depth - batches * size :].reshape(batches, size, n), axis=1)
-    return LyapunovExponents(jnp.mean(growth, 0), jnp.std(means, axis=0, ddof=1) / float(np.sqrt(batches)))
-
-
-def _moments(factors: Array, *, ks: tuple[int, ...]) -> Array:
-    """One lane (L, N, N): log tr (J J^T)^k / N, with every intermediate scaled to entries of at most 1."""
-
-    def scaled(x, log_scale):
-        top = lax.stop_gradient(jnp.max(jnp.abs(x)))
-        return x / jnp.where(top > 0, top, 1.0), log_scale + product.safe_log(top)
-
-    def one(state, w):
-        w, log_w = scaled(w, state[1])  # first, so that the product of two large numbers is never formed
-        return scaled(jnp.matmul(w, state[0], precision="highest"), log_w), None
-
-    eye, zero = jnp.eye(factors.shape[-1], dtype=factors.dtype), jnp.zeros((), factors.dtype)
-    (j, log_j), _ = lax.scan(one, (eye, zero), factors)
-    gram, log_gram = scaled(jnp.matmul(j, j.T, precision="highest"), 2 * log_j)
-    power, log_power, found = gram, log_gram, {}
-    for k in range(1, max(ks) + 1):
-        found[k] = product.safe_log(jnp.trace(power)) + log_power
-        if k < max(ks):
-            power, log_power = scaled(jnp.matmul(power, gram, precision="highest"), log_power + log_gram)
-    return jnp.stack([found[k] for k in ks], axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames=("f",))
-def _jitted(flat: Array, *, f: Callable) -> Any:
-    return lax.map(f, flat)
-
-
-def _by_lane(f: Callable, factors: Any) -> Any:
-    """`f` over the lanes of a stack: in float64 and NumPy on the host, in the factors' own dtype on tracers."""
-    if _on_tracers(factors):
-        half = jnp.promote_types(factors.dtype, jnp.float32)
-        found = jax.vmap(f)(factors.reshape(-1, *factors.shape[-3:]).astype(half))
-        return jax.tree.map(lambda x: x.reshape(*factors.shape[:-3], -1), found)
-    with jax.enable_x64(True):
-        flat = jnp.asarray(factors).astype(float)
-        found = _jitted(flat.reshape(-1, *flat.shape[-3:]), f=f)
-        return jax.tree.map(lambda x: np.asarray(x).reshape(*flat.shape[:-3], -1), found)
-
-
-def lyapunov_exponents(factors: Any) -> LyapunovExponents:
-    """Lyapunov exponents of W_L ... W_1 by a QR sweep: 1/L sum_l log |r_ii| with W_l Q_{l-1} = Q_l R_l.
-
-    They tend to 1/L log sigma_i as L grows and differ from it at finite L (by nats in L lambda_i: for the singular
-    values themselves use `log_singular_values`). Differentiable: a gradient pushes exponents towards 0 (gradient
-    flossing). The derivative is that of the sweep from Q_0 = 1, and exists where every factor has full rank.
-
-    Args:
-      factors: (..., L, N, N) floating, applied first to last.
-
-    Returns:
-      `LyapunovExponents`, (..., N) each. NumPy float64 on the host; on tracers jax arrays in the factors' own dtype.
-      -inf where a factor has lost rank. The standard errors are those of about sqrt(L) batch means, so that steps
-      need not be independent, only batches.
-
-    Raises:
-      ValueError: empty, integer or complex factors, or factors that are not square: exponents are not defined for
-        unequal widths.
-
-    References:
-      Benettin et al., Meccanica 15, 1980; Engelken, Gradient flossing, arXiv:2312.17306, 2023.
-
-    >>> import jax.numpy as jnp
-    >>> w = jnp.broadcast_to(jnp.diag(jnp.array([2.0, 0.5])), (1000, 2, 2))
-    >>> lyapunov_exponents(w).exponents.round(4).tolist()
-    [0.6931, -0.6931]
-    """
-    if isinstance(factors, list | tuple):
-        shapes = [np.shape(x) for x in factors]
-        raise ValueError(
-            f"lyapunov_exponents: a list of factors with shapes {shapes}; exponents per step need square factors of "
-            "one size, stacked to (..., L, N, N). For unequal widths use log_singular_values."
-        )
-    return _by_lane(_lyapunov, _check_factors(factors, "lyapunov_exponents"))
-
-
-def moments(factors: Any, k: int | Sequence[int] = (1, 2)) -> Any:
-    """Logarithms of the spectral moments m_k = tr (J J^T)^k / N of J = W_L ... W_1, where m_k itself overflows.
-
-    Differentiable on tracers, and defined where singular values coincide. Their ratio m_2 / m_1^2 - 1 is the relative
-    variance of the squared singular values (Pennington, Schoenholz, Ganguli 2017).
-
-    Args:
-      factors: (..., L, N, N) floating, or a list of matrices of unequal shapes; N is then the rows of the last.
-      k: one moment, or several, at least 1 each.
-
-    Returns:
-      (...) for an int, (..., len(k)) for a sequence, nats; -inf for a product that is zero. NumPy float64 on the
-      host; on tracers in the factors' own dtype.
-
-    Raises:
-      ValueError: factors as in `log_singular_values`; k below 1.
-
-    References:
-      Pennington, Schoenholz, Ganguli, Resurrecting the sigmoid, arXiv:1711.04735, 2017, eq. 11 on.
-
-    >>> import jax.numpy as jnp
-    >>> w = jnp.broadcast_to(2.0 * jnp.eye(3), (1000, 3, 3))                # m_1 = 4^1000
-    >>> moments(w, 1).round(3).tolist()
-    1386.294
-    """
-    ks = (k,) if isinstance(k, int | np.integer) else tuple(k)
-    if not ks or any(not isinstance(i, int | np.integer) or i < 1 for i in ks):
-        raise ValueError(f"moments: k is {k}; integers of at least 1 are needed.")
-    checked = _check_factors(factors, "moments")
-    with jax.enable_x64(_x64() or not _on_tracers(checked)):
-        stack, shapes = _stack(checked)
-    found = _by_lane(_moment_program(ks), stack) - float(np.log(shapes[-1][0]))
-    return found[..., 0] if isinstance(k, int | np.integer) else found
-
-
-@functools.cache
-def _moment_program(ks: tuple[int, ...]) -> Callable:
-    return functools.partial(_moments, ks=ks)

@@ -14,9 +14,12 @@ MAY_IMPORT = {
     # what is measured: no model, no config
     "scale": set(),
     "step": {"scale"},
+    "factors": set(),
     "product": set(),
-    "jacobi": {"product"},
-    "spectrum": {"step", "scale", "product", "jacobi"},
+    "grading": {"product"},
+    "growth": {"factors", "product"},
+    "jacobi": {"product", "grading"},
+    "spectrum": {"step", "scale", "factors", "product", "grading", "jacobi", "growth"},
     "matrix_free": {"step", "scale"},
     "activations": set(),
     "initializers": {"scale"},
@@ -63,7 +66,19 @@ ONLY_IN = {
 }
 
 # the mathematics: jax and numpy, and of ONLY_IN what names them
-BARE = {"scale", "step", "product", "jacobi", "spectrum", "matrix_free", "meanfield", "random_matrix"}
+BARE = {
+    "scale",
+    "step",
+    "factors",
+    "product",
+    "grading",
+    "jacobi",
+    "growth",
+    "spectrum",
+    "matrix_free",
+    "meanfield",
+    "random_matrix",
+}
 
 HEAVY = {"matplotlib", "xarray", "pooch", "sklearn", "h5py", "h5netcdf", "orbax"}
 
