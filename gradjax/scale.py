@@ -1,61 +1,209 @@
 """Overflow-safe norms: a norm is carried as (mantissa, exponent), ||x|| = mantissa * 2^exponent.
 
-The square of a float32 above 1.8e19 is inf and below 1e-23 is 0, so sqrt(sum(x^2)) is wrong over half
-of the range that a float32 has. Here every leaf is first multiplied by the power of two that brings the
-largest magnitude of the tree into [1/2, 1): exact, no division (`x / 1e38` would multiply by a reciprocal
-that flushes to zero), no overflow. The logarithm of the norm then exists for every finite tree.
+The square of a float32 above 1.8e19 is inf and below 1e-23 is 0, so sqrt(sum(x^2)) is wrong over half of the range
+that a float32 has. Here every group of numbers is first multiplied by the power of two that brings its largest
+magnitude into [1/2, 1): exact, no division (`x / 1e38` would multiply by a reciprocal that flushes to zero), no
+overflow. The logarithm of the norm then exists for every finite group, and `multiply` applies a factor
+mantissa * 2^exponent that may itself lie outside the range of a float.
 
-Half-precision leaves are accumulated in float32. A tree that holds inf or NaN has the norm inf or NaN.
-Numbers so small that XLA flushes them to zero on load (float32 subnormals on CPU) count as zero.
-Cost: two passes over the tree.
+Subnormal numbers are flushed to zero by XLA's arithmetic on CPU, but not by its integers: the largest magnitude is
+found among the bit patterns, and where it is tiny the group is first lifted out of the subnormal range through them.
+So norms are right from 1.4e-45 to 3.4e38 in float32 and bfloat16 (float16 and float64 alike), eagerly and under jit.
+
+Half-precision leaves are computed in float32, complex ones as their two parts. A group that holds NaN has the norm NaN,
+one that holds inf (and no NaN) inf. Cost: two passes over the tree; a third where the largest magnitude is tiny.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 PyTree = Any
+Axis = int | Sequence[int] | None
 
 LOG2 = 0.6931471805599453
+_LIFT = 64  # tiny groups are multiplied by 2^64, which takes the smallest subnormal float32 to 2^-85
 
 
-def _accumulator(x: Array) -> Array:
-    """Magnitudes of `x` in the dtype in which its squares are summed: float32, or float64 for float64."""
-    x = jnp.abs(x)
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+class Norm(NamedTuple):
+    """A non-negative number mantissa * 2^exponent; mantissa is 0, inf or NaN where the number is."""
+
+    mantissa: Array  # float32, or float64 for float64 input
+    exponent: Array  # int32
 
 
-def _leaves(tree: PyTree) -> list[Array]:
-    leaves = [_accumulator(jnp.asarray(x)) for x in jax.tree.leaves(tree)]
-    leaves = [x for x in leaves if x.size]
-    if not leaves:
-        return [jnp.zeros((1,), jnp.float32)]
-    widest = max((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize)
-    return [x.astype(widest) for x in leaves]
+class _Format(NamedTuple):
+    """IEEE 754 binary format: the integer type of its bits, stored bits of the significand, exponent bias."""
+
+    bits: Any
+    significand: int
+    bias: int
 
 
-def _shared_exponent(leaves: list[Array]) -> Array:
-    """The exponent e with max |x| in [2^(e-1), 2^e); 0 where the maximum is zero or not finite."""
-    top = jnp.max(jnp.stack([jnp.max(x) for x in leaves]))
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(top) & (top > 0), top, jnp.ones_like(top)))
-    return exponent
+def _format(dtype: Any) -> _Format:
+    return _Format(jnp.int64, 52, 1023) if dtype == jnp.float64 else _Format(jnp.int32, 23, 127)
 
 
-def norm(tree: PyTree) -> tuple[Array, Array]:
-    """Euclidean norm of all leaves of a pytree as (mantissa, exponent): ||tree|| = mantissa * 2^exponent.
+def _int(value: int, f: _Format) -> Array:
+    return jnp.asarray(value, f.bits)
+
+
+def _wide(x: Any) -> tuple[Array, Array]:
+    """`x` as float32 or float64 (complex as two parts on a new last axis), and the bit patterns of its magnitudes."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"scale: got a leaf {x.shape} {x.dtype}; norms need real or complex floating arrays.")
+    if x.dtype == jnp.bfloat16:  # the upper half of a float32; a conversion would flush subnormals
+        x = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
+    elif x.dtype != jnp.float64:
+        x = x.astype(jnp.float32)
+    f = _format(x.dtype)
+    mask = _int((1 << (f.significand + 8 if f.bias == 127 else 63)) - 1, f)
+    return x, lax.bitcast_convert_type(x, f.bits) & mask
+
+
+def _power(exponent: Array, dtype: Any) -> Array:
+    """2^exponent for exponents of normal numbers; 0 below them."""
+    f = _format(dtype)
+    biased = exponent.astype(f.bits) + _int(f.bias, f)
+    return lax.bitcast_convert_type(jnp.clip(biased, 0, 2 * f.bias) << _int(f.significand, f), dtype)
+
+
+def _times_power(x: Array, exponent: Array) -> Array:
+    """x * 2^exponent, exact where the result is normal, in two factors that are each normal (|exponent| <= 2 bias)."""
+    half = exponent >> 1
+    return x * _power(half, x.dtype) * _power(exponent - half, x.dtype)
+
+
+def _lifted(x: Array, bits: Array) -> Array:
+    """x * 2^64 exactly, for |x| < 1/2: a subnormal's bits are an integer, and converting that flushes nothing."""
+    f = _format(x.dtype)
+    integer = bits.astype(x.dtype)
+    subnormal = integer * jnp.asarray(2.0 ** (_LIFT + 1 - f.bias - f.significand), x.dtype)
+    subnormal = jnp.where(jnp.signbit(x), -subnormal, subnormal)
+    is_subnormal = bits < _int(1 << f.significand, f)
+    return jnp.where(is_subnormal, subnormal, x * jnp.asarray(2.0**_LIFT, x.dtype))
+
+
+def _top(bits: Array, axis: Axis) -> Array:
+    return jnp.max(bits, axis=axis, keepdims=True, initial=0)
+
+
+def _exponent(top: Array, dtype: Any) -> Array:
+    """The e with 2^(e-1) <= largest magnitude < 2^e of normal magnitudes; 0 for zero and non-finite ones."""
+    f = _format(dtype)
+    biased = top >> _int(f.significand, f)
+    return jnp.where((biased == 0) | (biased > 2 * f.bias), 0, biased - f.bias + 1).astype(jnp.int32)
+
+
+def _is_tiny(top: Array, dtype: Any) -> Array:
+    """Whether a group may hold subnormal numbers that matter beside its largest magnitude."""
+    f = _format(dtype)
+    return top < _int((f.bias - 64) << f.significand, f)
+
+
+def _lift_if_tiny(x: Array, bits: Array, top: Array) -> tuple[Array, Array, Array]:
+    """(x, top, shift) with x * 2^shift in place of x where the group is tiny (the branch is rarely taken)."""
+    f, tiny = _format(x.dtype), _is_tiny(top, x.dtype)
+    tiny_like = jnp.broadcast_to(tiny, x.shape) if tiny.ndim == x.ndim else tiny
+    x = lax.cond(jnp.any(tiny), lambda: jnp.where(tiny_like, _lifted(x, bits), x), lambda: x)
+    top_value = lax.bitcast_convert_type(top, x.dtype)
+    lifted_top = lax.bitcast_convert_type(_lifted(top_value, top), f.bits)
+    return x, jnp.where(tiny, lifted_top, top), jnp.where(tiny, _LIFT, 0).astype(jnp.int32)
+
+
+def _mantissa(sum_of_squares: Array, top: Array) -> Array:
+    """The root, or inf and NaN where the largest bit pattern is theirs (computed, they would spread over the group)."""
+    f = _format(sum_of_squares.dtype)
+    infinity = _int((2 * f.bias + 1) << f.significand, f)
+    root = jnp.sqrt(sum_of_squares)
+    root = jnp.where(top == infinity, jnp.asarray(jnp.inf, root.dtype), root)
+    return jnp.where(top > infinity, jnp.asarray(jnp.nan, root.dtype), root)
+
+
+def array_norm(x: Any, axis: Axis = None) -> Norm:
+    """Euclidean norm of an array over `axis` (all axes by default), with the reduced axes kept at length 1.
 
     Args:
-      tree: pytree of real or complex floating arrays of any shapes.
+      x: real or complex floating array.
+      axis: the axes of one group, e.g. all but the first for the layers of a scanned stack.
+
+    Returns:
+      `Norm` of the shape of `x` with the axes of the group at length 1, or of shape () for all axes.
+    """
+    wide, bits = _wide(x)
+    ndim = jnp.ndim(x)
+    axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    inner = tuple(a % ndim for a in axes) + ((ndim,) if wide.ndim > ndim else ())
+    top = _top(bits, inner)
+    lifted, top_lifted, shift = _lift_if_tiny(wide, bits, top)
+    exponent = _exponent(top_lifted, wide.dtype)
+    squares = jnp.square(_times_power(lifted, -exponent))
+    mantissa = _mantissa(jnp.sum(squares, axis=inner, keepdims=True), top)
+    exponent = jnp.where(top == 0, 0, exponent - shift)
+    shape = () if axis is None else tuple(1 if a in inner else n for a, n in enumerate(jnp.shape(x)))
+    return Norm(mantissa.reshape(shape), exponent.reshape(shape))
+
+
+def norm(tree: PyTree) -> Norm:
+    """Euclidean norm of all leaves of a pytree: ||tree|| = mantissa * 2^exponent.
+
+    Args:
+      tree: pytree of real or complex floating arrays of any shapes and dtypes; empty trees have the norm 0.
 
     Returns:
       mantissa: () float32 (float64 if a leaf is), in [1/2, sqrt(size)); 0, inf or NaN where the norm is.
       exponent: () int32.
     """
-    leaves = _leaves(tree)
-    exponent = _shared_exponent(leaves)
-    return jnp.sqrt(sum(jnp.sum(jnp.square(jnp.ldexp(x, -exponent))) for x in leaves)), exponent
+    norms = [array_norm(x) for x in jax.tree.leaves(tree) if jnp.size(x)]
+    return combine(norms) if norms else Norm(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def combine(norms: Sequence[Norm]) -> Norm:
+    """Norm of the union of groups of equal shape, sqrt(sum of squares), from their norms.
+
+    >>> import jax.numpy as jnp
+    >>> combine([array_norm(jnp.full(9, 1e38)), array_norm(jnp.full(16, 1e38))]).exponent.item()   # 5e38 < 2^129
+    127
+    """
+    dtype = max((n.mantissa.dtype for n in norms), key=lambda dtype: dtype.itemsize)
+    mantissa = jnp.stack([n.mantissa.astype(dtype) for n in norms])
+    exponent = jnp.stack([n.exponent for n in norms])
+    alive = mantissa != 0  # NaN and inf too: with exponent 0 they need no place of their own
+    lowest = jnp.asarray(jnp.iinfo(jnp.int32).min // 2, jnp.int32)
+    largest = jnp.max(jnp.where(alive, exponent, lowest), axis=0)
+    shared = jnp.where(jnp.any(alive, axis=0), largest, 0)
+    part = _times_power(mantissa, jnp.maximum(exponent - shared, -2000 if dtype == jnp.float64 else -250))
+    part = jnp.where(jnp.isfinite(mantissa), part, mantissa)
+    return Norm(jnp.sqrt(jnp.sum(jnp.square(part), axis=0)), shared)
+
+
+def of_number(value: Any, dtype: Any = jnp.float32) -> Norm:
+    """A non-negative number, traced or not, as a `Norm` with mantissa in [1/2, 1)."""
+    return array_norm_max(jnp.asarray(value, dtype))
+
+
+def greater(a: Norm, b: Norm) -> Array:
+    """a > b without leaving (mantissa, exponent); False where either is NaN."""
+    dtype = a.mantissa.dtype
+    (m, e), (n, f) = ((jnp.frexp(x.mantissa)) for x in (a, b))
+    gap = jnp.clip(e.astype(jnp.int32) + a.exponent - f.astype(jnp.int32) - b.exponent, -4, 4)
+    return _times_power(m, gap) > n.astype(dtype)  # normalised mantissas differ by less than 2 ** 2
+
+
+def divide(a: Norm, b: Norm) -> Norm:
+    """a / b, for a factor to `multiply` with."""
+    return Norm(a.mantissa.astype(b.mantissa.dtype) / b.mantissa, a.exponent - b.exponent)
+
+
+def log2(value: Norm) -> Array:
+    """Base-2 logarithm of a `Norm`: -inf for zero, inf and NaN as they are."""
+    return jnp.log2(value.mantissa) + value.exponent.astype(value.mantissa.dtype)
 
 
 def log_norm(tree: PyTree) -> Array:
@@ -65,15 +213,36 @@ def log_norm(tree: PyTree) -> Array:
     >>> round(float(log_norm({"w": jnp.full(4, 1e38)})) / jnp.log(10.0).item(), 3)   # log10 of 2e38
     38.301
     """
-    mantissa, exponent = norm(tree)
-    return jnp.log(mantissa) + exponent.astype(mantissa.dtype) * LOG2
+    value = norm(tree)
+    return jnp.log(value.mantissa) + value.exponent.astype(value.mantissa.dtype) * LOG2
 
 
 def log_rms(tree: PyTree) -> Array:
     """Natural logarithm of the root mean square over all entries of a pytree."""
-    size = max(sum(x.size for x in jax.tree.leaves(tree)), 1)
+    size = max(sum(jnp.size(x) for x in jax.tree.leaves(tree)), 1)
     value = log_norm(tree)
     return value - 0.5 * jnp.log(jnp.asarray(size, value.dtype))
+
+
+def multiply(x: Array, factor: Norm) -> Array:
+    """x * mantissa * 2^exponent in the dtype of `x`, right wherever the result is a normal number.
+
+    Args:
+      x: real or complex floating array, finite.
+      factor: broadcasts against `x`; it may lie outside the range of the dtype.
+    """
+    wide, bits = _wide(x)
+    mantissa, exponent = factor.mantissa.astype(wide.dtype), factor.exponent
+    if wide.ndim > jnp.ndim(x) and mantissa.ndim:  # complex
+        mantissa, exponent = mantissa[..., None], exponent[..., None]
+    unit, shift = jnp.frexp(mantissa)
+    exponent = exponent + shift.astype(jnp.int32)
+    wide, _, lift = _lift_if_tiny(wide, bits, _top(bits, None).reshape(()))
+    limit = 2 * _format(wide.dtype).bias
+    out = _times_power(wide * unit, jnp.clip(exponent - lift, -limit, limit))
+    if jnp.iscomplexobj(x):
+        return lax.complex(out[..., 0], out[..., 1]).astype(jnp.asarray(x).dtype)
+    return out.astype(jnp.asarray(x).dtype)
 
 
 def normalize(tree: PyTree) -> tuple[PyTree, Array]:
@@ -81,5 +250,22 @@ def normalize(tree: PyTree) -> tuple[PyTree, Array]:
 
     Zero and non-finite trees are returned as they are, with exponent 0.
     """
-    exponent = _shared_exponent(_leaves(tree))
-    return jax.tree.map(lambda x: jnp.ldexp(x, -exponent).astype(x.dtype), tree), exponent
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.size(x)]
+    norms = [array_norm_max(x) for x in leaves]
+    exponent = jnp.zeros((), jnp.int32)
+    if norms:
+        finite = jnp.all(jnp.stack([jnp.isfinite(n.mantissa) for n in norms]))
+        lowest = jnp.asarray(jnp.iinfo(jnp.int32).min, jnp.int32)
+        largest = jnp.max(jnp.stack([jnp.where(n.mantissa > 0, n.exponent, lowest) for n in norms]))
+        exponent = jnp.where(finite & (largest > lowest), largest, 0)
+    one = jnp.ones((), jnp.float32)
+    return jax.tree.map(lambda x: multiply(x, Norm(one, -exponent)), tree), exponent
+
+
+def array_norm_max(x: Any) -> Norm:
+    """The largest magnitude of an array (of a complex one: of its parts), with mantissa in [1/2, 1)."""
+    wide, bits = _wide(x)
+    top = _top(bits, None).reshape(())
+    value, top_lifted, shift = _lift_if_tiny(lax.bitcast_convert_type(top, wide.dtype), top, top)
+    exponent = _exponent(top_lifted, wide.dtype)
+    return Norm(_mantissa(jnp.square(_times_power(value, -exponent)), top), jnp.where(top == 0, 0, exponent - shift))

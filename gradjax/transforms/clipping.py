@@ -1,0 +1,210 @@
+"""Clipping that survives the explosion it is for: rules without memory, one threshold each.
+
+Where Optax has the rule, name, arguments and (wherever its result is right) updates are Optax's. What differs: norms
+are carried as (mantissa, exponent), so a finite gradient is clipped to its bound from 1.4e-45 to 3.4e38 in every
+dtype, where Optax returns zeros above 1.8e19 and a norm of 0 below 1e-23; layers of a scan-stacked leaf are clipped one
+by one with `stacked=`; and every rule records what it did.
+
+A group (the tree, a leaf, a layer, a unit) that holds inf or NaN has no norm to be clipped by: it is passed on as it is
+and its telemetry `log2_norm` says inf or NaN; other groups are not touched by it. `gradjax.transforms.guards` decides
+what becomes of it. Zeros stay zeros; below the threshold every rule is the identity, bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from gradjax import scale
+from gradjax.scale import Norm
+from gradjax.transforms.rule import Outcome, Stacked, check_number, layer_axes, rule, stacked_leaves
+
+PyTree = Any
+Number = float | Array
+
+
+def limit_to(x: Array, size: Norm, limit: Norm) -> tuple[Array, Array]:
+    """(x scaled from norm `size` to `limit` where it is larger and finite, else x itself; where it was scaled)."""
+    over = scale.greater(size, limit) & jnp.isfinite(size.mantissa)
+    return jnp.where(over, scale.multiply(x, scale.divide(limit, size)), x), over
+
+
+def _share(over: Array) -> Array:
+    return jnp.mean(over.astype(jnp.float32))
+
+
+def clip(max_delta: Number) -> optax.GradientTransformationExtraArgs:
+    """Every entry into [-max_delta, max_delta], as `optax.clip`; complex entries by their magnitude.
+
+    NaN stays NaN, inf becomes max_delta. Telemetry: log2_norm of the tree, clipped = share of entries.
+
+    Args:
+      max_delta: non-negative, may be traced.
+    """
+    check_number("clip: max_delta", max_delta)
+
+    def one(x):
+        if jnp.iscomplexobj(x):
+            size = jax.vmap(scale.array_norm)(x.ravel())
+            size = Norm(size.mantissa.reshape(x.shape), size.exponent.reshape(x.shape))
+            return limit_to(x, size, scale.of_number(max_delta))
+        bound = jnp.asarray(max_delta, x.dtype)
+        over = jnp.abs(x) > bound
+        return jnp.where(over, jnp.copysign(bound, x), x), over  # a selection flushes no subnormal, jnp.clip does
+
+    def update(updates, memory, params):
+        log2_norm = scale.log2(scale.norm(updates))
+        leaves, structure = jax.tree.flatten(updates)
+        done = [one(x) for x in leaves]
+        size = max(sum(x.size for x in leaves), 1)
+        clipped = sum((jnp.sum(over, dtype=jnp.float32) for _, over in done), jnp.zeros((), jnp.float32)) / size
+        return Outcome(jax.tree.unflatten(structure, [x for x, _ in done]), memory, log2_norm, clipped)
+
+    return rule("clip", update)
+
+
+def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformationExtraArgs:
+    """g -> g min(1, max_norm / ||g||), ||g|| over the whole tree, as `optax.clip_by_global_norm`.
+
+    Args:
+      max_norm: non-negative, may be traced (0 sends everything to zero).
+
+    References:
+      Pascanu, Mikolov, Bengio 2013, On the difficulty of training recurrent neural networks, arXiv 1211.5063, alg. 1.
+    """
+    check_number("clip_by_global_norm: max_norm", max_norm)
+
+    def update(updates, memory, params):
+        size = scale.norm(updates)
+        limit = scale.of_number(max_norm, size.mantissa.dtype)
+        clipped = scale.greater(size, limit) & jnp.isfinite(size.mantissa)
+        out = jax.tree.map(lambda x: limit_to(x, size, limit)[0], updates)
+        return Outcome(out, memory, scale.log2(size), clipped.astype(jnp.float32))
+
+    return rule("clip_by_global_norm", update)
+
+
+def by_group(
+    name: str,
+    axes: Callable[[Array, bool], tuple[int, ...]],
+    limit: Callable[[Array, Array | None, Norm, tuple[int, ...]], Norm],
+    stacked: Stacked,
+    needs_params: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """A rule that limits the norm of every group of entries of every leaf.
+
+    Args:
+      name: of the rule.
+      axes: (leaf, is it stacked?) -> the axes that form one group.
+      limit: (leaf, its parameter or None, norms, axes) -> the largest norm allowed, broadcasting against the norms.
+      stacked: as in `stacked_leaves`.
+      needs_params: whether `limit` reads the parameters.
+    """
+
+    def one(x, is_stacked, param):
+        if not x.size:
+            return x, jnp.full((), -jnp.inf, jnp.float32), jnp.zeros((), jnp.float32)
+        group = axes(x, is_stacked)
+        size = scale.array_norm(x, group)
+        out, over = limit_to(x, size, limit(x, param, size, group))
+        layers = layer_axes(x, is_stacked)
+        whole = scale.log2(scale.array_norm(x, layers))
+        share = jnp.mean(jnp.broadcast_to(over, size.mantissa.shape).astype(jnp.float32), axis=layers)
+        return out, whole.reshape(whole.shape[: int(is_stacked)]), share
+
+    def update(updates, memory, params):
+        if needs_params and params is None:
+            raise ValueError(f"{name}: its threshold depends on the parameters; call update(grads, state, params).")
+        leaves, structure = jax.tree.flatten(updates)
+        flags = jax.tree.leaves(stacked_leaves(stacked, updates))
+        of_params = jax.tree.leaves(params) if needs_params else [None] * len(leaves)
+        done = [one(*each) for each in zip(leaves, flags, of_params, strict=True)]
+        out, log2_norm, clipped = (
+            (jax.tree.unflatten(structure, column) for column in zip(*done, strict=True)) if done else (updates,) * 3
+        )
+        return Outcome(out, memory, log2_norm, clipped)
+
+    return rule(name, update)
+
+
+def clip_by_layer_norm(max_norm: Number, stacked: Stacked = None) -> optax.GradientTransformationExtraArgs:
+    """Every leaf, or every layer of a stacked leaf, to a norm of at most max_norm.
+
+    One exploding layer leaves the others as they are, which the global rule does not.
+
+    Args:
+      max_norm: non-negative, may be traced.
+      stacked: the leaves whose first axis is the layer of a scan: a prefix tree of bools or a predicate on the path.
+    """
+    check_number("clip_by_layer_norm: max_norm", max_norm)
+    limit = lambda x, param, size, group: scale.of_number(max_norm, size.mantissa.dtype)
+    return by_group("clip_by_layer_norm", layer_axes, limit, stacked)
+
+
+def clip_by_block_rms(threshold: Number, stacked: Stacked = None) -> optax.GradientTransformationExtraArgs:
+    """Every leaf (or layer of a stacked leaf) to a root mean square of at most threshold, as `optax.clip_by_block_rms`.
+
+    Args:
+      threshold: non-negative, may be traced.
+      stacked: as in `clip_by_layer_norm`.
+
+    References:
+      Shazeer, Stern 2018, Adafactor, arXiv 1804.04235, section 6.
+    """
+    check_number("clip_by_block_rms: threshold", threshold)
+
+    def limit(x, param, size, group):
+        count = max(x.size // max(size.mantissa.size, 1), 1)
+        rms = scale.of_number(threshold, size.mantissa.dtype)
+        return Norm(rms.mantissa * jnp.sqrt(jnp.asarray(count, rms.mantissa.dtype)), rms.exponent)
+
+    return by_group("clip_by_block_rms", layer_axes, limit, stacked)
+
+
+def unit_axes(x: Array, is_stacked: bool) -> tuple[int, ...]:
+    """The fan-in axes of one output unit: none of a vector's entries is a unit, a kernel's last axis is.
+
+    As Optax: vectors and scalars are one group; (in, out) and (in, heads, out) reduce the first axis, convolutions
+    (height, width, in, out) all but the last.
+    """
+    first, ndim = int(is_stacked), jnp.ndim(x) - int(is_stacked)
+    if ndim <= 1:
+        return layer_axes(x, is_stacked)
+    count = 1 if ndim <= 3 else ndim - 1
+    return tuple(range(first, first + count))
+
+
+def adaptive_grad_clip(
+    clipping: Number, eps: Number = 1e-3, stacked: Stacked = None
+) -> optax.GradientTransformationExtraArgs:
+    """Unit-wise: ||G_i|| to at most clipping * max(||W_i||, eps), as `optax.adaptive_grad_clip`.
+
+    Brock et al. leave the classifier's last layer alone: wrap this rule in `optax.masked` with a mask that excludes it.
+
+    Args:
+      clipping: lambda; .01 for batches of 4096, larger for smaller (paper, table 6). May be traced.
+      eps: floor of the parameter norm, 1e-3 in the paper's section 4.1. May be traced.
+      stacked: as in `clip_by_layer_norm`; units are then those of each layer.
+
+    References:
+      Brock, De, Smith, Simonyan 2021, High-performance large-scale image recognition without normalization,
+      arXiv 2102.06171, eq. 3.
+    """
+    check_number("adaptive_grad_clip: clipping", clipping)
+    check_number("adaptive_grad_clip: eps", eps)
+
+    def limit(x, param, size, group):
+        of_param = scale.array_norm(param, group)
+        dtype = size.mantissa.dtype
+        floor = scale.of_number(eps, dtype)
+        use_floor = scale.greater(floor, of_param)
+        mantissa = jnp.where(use_floor, floor.mantissa, of_param.mantissa.astype(dtype))
+        factor = scale.of_number(clipping, dtype)
+        return Norm(
+            mantissa * factor.mantissa, jnp.where(use_floor, floor.exponent, of_param.exponent) + factor.exponent
+        )
+
+    return by_group("adaptive_grad_clip", unit_axes, limit, stacked, needs_params=True)
