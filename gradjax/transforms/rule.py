@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 PyTree = Any
 Stacked = PyTree | Callable[[str], bool] | None
@@ -78,7 +79,7 @@ def rule(
         telemetry = {"log2_norm": out.log2_norm, "clipped": out.clipped, "clip_fraction": fraction, "count": count}
         return out.updates, RuleState(telemetry | out.extra, out.memory, name)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
 
 
 def telemetry(opt_state: PyTree) -> dict[str, Array]:
@@ -162,7 +163,7 @@ def check_number(where: str, value: Any, low: float = 0.0, high: float = math.in
     Raises:
       ValueError: with the value and the allowed range.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     number = np.asarray(value)
     inside = (number > low if open_low else number >= low) & (number <= high)
