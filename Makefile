@@ -75,6 +75,7 @@ bench: $(BENCH_STAMP)  ## ratios against peers, one process each
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 reproduce: setup  ## the papers' figures of tier 1, with their table of claims
+	@test -f scripts/reproduce.py || { echo "reproduce: the papers' figures are not here yet (scripts/reproduce.py)"; exit 1; }
 	$(BIN)/python scripts/reproduce.py --tier 1
 
 clean:  ## remove the environment and caches; runs/ stays

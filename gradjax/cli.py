@@ -63,6 +63,7 @@ def _diagnose(args: Sequence[str]) -> int:
             "seed": experiment.seed,
             "seconds": round(time.monotonic() - started, 2),
             "left_out": ds.attrs["left_out"],
+            "notes": ds.attrs["notes"],
             "spectrum_seeds": ds.sizes.get("spectrum_seed", 0),
             "config": config.to_dict(experiment),
             "versions": results.provenance(),
@@ -137,8 +138,9 @@ def _print_verdict(verdict, folder) -> None:
             f"{rank}; {product['growth_nats_per_layer']:+.3f} nats per layer",
             highlight=False,
         )
-    elif verdict.meta["left_out"]:
-        console.print(f"left out: {verdict.meta['left_out']}")
+    for name in ("left_out", "notes"):
+        if verdict.meta[name]:
+            console.print(f"{name.replace('_', ' ')}: {verdict.meta[name]}", highlight=False)
     style = "bold green" if verdict.healthy else "bold red"
     console.print(f"\nverdict: [{style}]{_headline(verdict)}[/]")
     for finding in verdict.findings:

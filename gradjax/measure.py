@@ -8,6 +8,7 @@ The batch and its split depend on `experiment.seed` alone; seed i of the network
 Cost: one compiled program for the signals, O(depth * width^3) per seed for the spectra.
 """
 
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -81,7 +82,8 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
         parameters of that layer): (seed, layer); loss, log_gradient_norm_readout: (seed,);
         log_singular_value_max, log_singular_value_min, log_gain (log rms singular value): (spectrum_seed, layer);
         log_singular_values of the product J = J_depth .. J_2: (spectrum_seed, index).
-      What was too dear to compute is absent, and the attribute `left_out` says so.
+      What was too dear to compute is absent, and the attribute `left_out` says so; `notes` holds what the spectra warn
+      of.
 
     Raises:
       ValueError: a batch larger than the training split; `gradjax.tasks` names missing and damaged files.
@@ -116,18 +118,21 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
     coupled = experiment.model.normalization == "batchnorm"  # then the state is the batch
     examples = batch.x if coupled else batch.x[0]
     state_size = experiment.model.width * (len(examples) if coupled else 1)
-    lanes, left_out = _spectrum_seeds(experiment, state_size), ""
+    lanes, left_out, notes = _spectrum_seeds(experiment, state_size), "", []
     if lanes:
         progress(f"singular values of {depth} layers and their product, {lanes} seeds")
         networks = jax.jit(jax.vmap(init))(keys[:lanes])
         thetas = jax.vmap(lambda network: [theta for _, theta in model.links(*network)])(networks)
         one = model.links(*jax.tree.map(lambda leaf: leaf[0], networks))  # its steps serve every lane
         links = [(step, theta) for (step, _), theta in zip(one, thetas, strict=True)]
-        variables |= _spectra(links, jnp.broadcast_to(examples, (lanes, *examples.shape)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            variables |= _spectra(links, jnp.broadcast_to(examples, (lanes, *examples.shape)))
+        notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     elif experiment.diagnose.spectrum_seeds:
         left_out = f"spectra of {depth} layers\nwith {state_size} entries each: too dear"
     return xr.Dataset(
         variables,
         coords={"layer": [f"hidden_{i + 1}" for i in range(depth)], "seed": np.arange(num_seeds)},
-        attrs={"left_out": left_out, "width": experiment.model.width},
+        attrs={"left_out": left_out, "notes": "\n".join(notes), "width": experiment.model.width},
     )

@@ -52,9 +52,9 @@ def _log_axis(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(_power))
 
 
-def _note(ax: Axes, text: str) -> None:
-    ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY, wrap=True)
+def _note(ax: Axes, title: str, text: str) -> None:
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY)
 
 
 def diagnosis_figure(ds: xr.Dataset, title: str = "") -> Figure:
@@ -81,33 +81,24 @@ def diagnosis_figure(ds: xr.Dataset, title: str = "") -> Figure:
         _curve(ax, layer, ds, "log_gradient_norm", GREEN, "gradient")
         _log_axis(ax, "Parameter gradients", xlabel, r"norm $\|\partial\mathcal{L}/\partial\theta_l\|$")
 
-        ax = axes[1, 0]
+        ax, name = axes[1, 0], "Layer Jacobians $J_l$"
         if "log_gain" in ds:
-            _curve(ax, layer, ds, "log_singular_value_max", ORANGE, "largest")
-            _curve(ax, layer, ds, "log_gain", BLUE, "rms")
-            zeros = np.isneginf(ds["log_singular_value_min"].values)
-            if not zeros.all():
-                _curve(ax, layer, ds, "log_singular_value_min", GREEN, "smallest" + " (gaps: 0)" * bool(zeros.any()))
-            else:
-                ax.plot([], [], color=GREEN, label="smallest: 0")
-            ax.axhline(0, color=GREY, lw=1, ls="--")
-        else:
-            _note(ax, _left_out(ds))
-        _log_axis(ax, "Layer Jacobians $J_l$", xlabel, "singular value")
-        if "log_gain" in ds:
+            _jacobian_panel(ax, ds, layer)
+            _log_axis(ax, name, xlabel, "singular value")
             low, high = ax.get_ylim()
             ax.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the curves
             ax.legend(loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2)
+        else:
+            _note(ax, name, _left_out(ds))
 
-        ax = axes[1, 1]
         depth = ds.sizes["layer"]
+        ax, name = axes[1, 1], rf"Layer product $J = J_{{{depth}}}\cdots J_2$"
         if "log_singular_values" in ds:
             _product_panel(ax, ds)
-        else:
-            _note(ax, "no square layer" if depth == 1 else _left_out(ds))
-        _log_axis(ax, rf"Layer product $J = J_{{{depth}}}\cdots J_2$", "index $i$", r"singular value $\sigma_i$")
-        if "log_singular_values" in ds:
+            _log_axis(ax, name, "index $i$", r"singular value $\sigma_i$")
             ax.legend(loc="best")
+        else:
+            _note(ax, "Layer product", "no square layer" if depth == 1 else _left_out(ds))
         if title:
             figure.suptitle(title, fontsize=12)
     return figure
@@ -117,12 +108,22 @@ def _left_out(ds: xr.Dataset) -> str:
     return "not computed: " + (ds.attrs.get("left_out") or "no seeds asked for")
 
 
+def _jacobian_panel(ax: Axes, ds: xr.Dataset, layer: np.ndarray) -> None:
+    _curve(ax, layer, ds, "log_singular_value_max", ORANGE, "largest")
+    _curve(ax, layer, ds, "log_gain", BLUE, "rms")
+    zeros = np.isneginf(ds["log_singular_value_min"].values)
+    if zeros.all():
+        ax.plot([], [], color=GREEN, label="smallest: 0")
+    else:
+        _curve(ax, layer, ds, "log_singular_value_min", GREEN, "smallest" + " (gaps: 0)" * bool(zeros.any()))
+    ax.axhline(0, color=GREY, lw=1, ls="--")
+
+
 def _product_panel(ax: Axes, ds: xr.Dataset) -> None:
     values = ds["log_singular_values"].values
     index = np.arange(1, values.shape[1] + 1)
     rank = int(np.median(np.isfinite(values).sum(1)))
-    label = "all finite" if rank == values.shape[1] else f"rank {rank} of {values.shape[1]}"
-    _curve(ax, index, ds, "log_singular_values", BLUE, label)
+    _curve(ax, index, ds, "log_singular_values", BLUE, f"rank {rank} of {values.shape[1]}")
     finite = values[np.isfinite(values)] / LOG10
     for limit, name in zip(FLOAT32, ("smallest", "largest"), strict=True):
         if finite.size and finite.min() < limit < finite.max():
