@@ -51,8 +51,8 @@ def _int(value: int, f: _Format) -> Array:
     return jnp.asarray(value, f.bits)
 
 
-def _wide(x: Any) -> tuple[Array, Array]:
-    """`x` as float32 or float64 (complex as two parts on a new last axis), and the bit patterns of its magnitudes."""
+def widen(x: Any) -> Array:
+    """`x` as float32 or float64, exactly; complex as two parts on a new last axis."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
@@ -62,6 +62,12 @@ def _wide(x: Any) -> tuple[Array, Array]:
         x = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
     elif x.dtype != jnp.float64:
         x = x.astype(jnp.float32)
+    return x
+
+
+def _wide(x: Any) -> tuple[Array, Array]:
+    """`x` widened, and the bit patterns of its magnitudes."""
+    x = widen(x)
     f = _format(x.dtype)
     mask = _int((1 << (f.significand + 8 if f.bias == 127 else 63)) - 1, f)
     return x, lax.bitcast_convert_type(x, f.bits) & mask
@@ -178,7 +184,7 @@ def combine(norms: Sequence[Norm]) -> Norm:
     lowest = jnp.asarray(jnp.iinfo(jnp.int32).min // 2, jnp.int32)
     largest = jnp.max(jnp.where(alive, exponent, lowest), axis=0)
     shared = jnp.where(jnp.any(alive, axis=0), largest, 0)
-    part = _times_power(mantissa, jnp.maximum(exponent - shared, -2000 if dtype == jnp.float64 else -250))
+    part = _times_power(mantissa, jnp.maximum(exponent - shared[None], -2000 if dtype == jnp.float64 else -250))
     part = jnp.where(jnp.isfinite(mantissa), part, mantissa)
     return Norm(jnp.sqrt(jnp.sum(jnp.square(part), axis=0)), shared)
 
@@ -199,6 +205,34 @@ def greater(a: Norm, b: Norm) -> Array:
 def divide(a: Norm, b: Norm) -> Norm:
     """a / b, for a factor to `multiply` with."""
     return Norm(a.mantissa.astype(b.mantissa.dtype) / b.mantissa, a.exponent - b.exponent)
+
+
+def normal(value: Norm) -> Norm:
+    """The same number with mantissa in [1/2, 1) (or minus that), exponent 0 where it is zero."""
+    mantissa, shift = jnp.frexp(value.mantissa)
+    return Norm(mantissa, jnp.where(mantissa == 0, 0, value.exponent + shift.astype(jnp.int32)))
+
+
+def times(*factors: Norm) -> Norm:
+    """The product of numbers of either sign."""
+    mantissa, exponent = factors[0]
+    for factor in factors[1:]:
+        mantissa, exponent = mantissa * factor.mantissa.astype(mantissa.dtype), exponent + factor.exponent
+    return normal(Norm(mantissa, exponent))
+
+
+def plus(a: Norm, b: Norm) -> Norm:
+    """a + b of numbers of either sign."""
+    a, b = normal(a), normal(b)
+    larger = jnp.where(b.mantissa == 0, a.exponent, jnp.maximum(a.exponent, b.exponent))
+    shared = jnp.where(a.mantissa == 0, b.exponent, larger)
+    part = lambda x: _times_power(x.mantissa, jnp.clip(x.exponent - shared, -100, 0))
+    return normal(Norm(part(a) + part(b).astype(a.mantissa.dtype), shared))
+
+
+def minus(a: Norm, b: Norm) -> Norm:
+    """a - b of numbers of either sign."""
+    return plus(a, Norm(-b.mantissa, b.exponent))
 
 
 def log2(value: Norm) -> Array:
@@ -243,6 +277,23 @@ def multiply(x: Array, factor: Norm) -> Array:
     if jnp.iscomplexobj(x):
         return lax.complex(out[..., 0], out[..., 1]).astype(jnp.asarray(x).dtype)
     return out.astype(jnp.asarray(x).dtype)
+
+
+def assemble(x: Array, exponent: Array) -> Array:
+    """x * 2^exponent of a real float32 or float64 array, subnormal results included.
+
+    A subnormal result is put together as the integer that its bits are, since arithmetic would flush it to zero.
+    """
+    f = _format(x.dtype)
+    mantissa, shift = jnp.frexp(x)
+    exponent = exponent + shift.astype(jnp.int32)  # |mantissa| in [1/2, 1)
+    is_subnormal = (exponent < 2 - f.bias) & jnp.isfinite(x)
+    place = jnp.clip(exponent + f.bias - 1 + f.significand, -2, f.significand + 1)
+    integer = jnp.round(jnp.abs(_times_power(mantissa, place))).astype(f.bits)
+    subnormal = lax.bitcast_convert_type(jnp.where(is_subnormal, integer, 0), x.dtype)
+    limit = 2 * f.bias
+    normal = _times_power(mantissa, jnp.clip(exponent, -limit, limit))
+    return jnp.where(is_subnormal, jnp.copysign(subnormal, x), normal)
 
 
 def normalize(tree: PyTree) -> tuple[PyTree, Array]:

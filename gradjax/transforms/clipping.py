@@ -208,3 +208,153 @@ def adaptive_grad_clip(
         )
 
     return by_group("adaptive_grad_clip", unit_axes, limit, stacked, needs_params=True)
+
+
+def normalize_by_norm(
+    scale_factor: Number = 1.0, per_layer: bool = False, stacked: Stacked = None
+) -> optax.GradientTransformationExtraArgs:
+    """g -> scale_factor g / ||g||, ||g|| over the whole tree, or of every leaf (or layer of a stacked leaf) by itself.
+
+    `optax.normalize_by_update_norm` without its eps, so that a gradient of 1e-30 has the norm scale_factor too. Zeros
+    stay zeros, what holds inf or NaN is passed on. Telemetry: clipped is 1 where a group was scaled.
+
+    Args:
+      scale_factor: the norm of the result, non-negative, may be traced.
+      per_layer: one norm per leaf.
+      stacked: with `per_layer`, as in `clip_by_layer_norm`.
+
+    References:
+      Hazan, Levy, Shalev-Shwartz 2015, Beyond convexity: stochastic quasi-convex optimization, arXiv 1507.02030,
+      algorithm 1; per layer: Yu et al. 2017, arXiv 1707.04822, eq. 2.
+    """
+    check_number("normalize_by_norm: scale_factor", scale_factor)
+    if stacked is not None and not per_layer:
+        raise ValueError("normalize_by_norm: stacked has a meaning with per_layer=True only.")
+
+    def one(x, size):
+        changes = (size.mantissa > 0) & jnp.isfinite(size.mantissa)
+        factor = scale.divide(scale.of_number(scale_factor, size.mantissa.dtype), size)
+        return jnp.where(changes, scale.multiply(x, factor), x), changes.astype(jnp.float32)
+
+    def update(updates, memory, params):
+        if not per_layer:
+            size = scale.norm(updates)
+            changes = one(jnp.zeros(()), size)[1]
+            return Outcome(jax.tree.map(lambda x: one(x, size)[0], updates), memory, scale.log2(size), changes)
+        leaves, structure = jax.tree.flatten(updates)
+        flags = jax.tree.leaves(stacked_leaves(stacked, updates))
+        sizes = [scale.array_norm(x, layer_axes(x, flag)) for x, flag in zip(leaves, flags, strict=True)]
+        done = [one(x, size) for x, size in zip(leaves, sizes, strict=True)]
+        per_group = lambda values: jax.tree.unflatten(
+            structure, [v.reshape(v.shape[: int(flag)]) for v, flag in zip(values, flags, strict=True)]
+        )
+        out = jax.tree.unflatten(structure, [x for x, _ in done])
+        return Outcome(out, memory, per_group(map(scale.log2, sizes)), per_group(c for _, c in done))
+
+    return rule("normalize_by_norm", update)
+
+
+def prune_gradients(
+    sparsity: PyTree, largest: bool = False, stacked: Stacked = None
+) -> optax.GradientTransformationExtraArgs:
+    """The `sparsity` share of the smallest (or largest) entries of every leaf to zero, the others as they are.
+
+    round(sparsity * size) entries of a leaf (or of each layer of a stacked leaf) become zero; of equal magnitudes the
+    first go first. Complex entries count by magnitude, inf and NaN as the largest. O(n log n). Telemetry: log2_norm of
+    each leaf before, clipped = the share of entries set to zero.
+
+    Args:
+      sparsity: in [0, 1], may be traced; one number, or a prefix tree of them for a sparsity per leaf.
+      largest: prune the largest entries, a trimmed gradient, instead of the smallest.
+      stacked: as in `clip_by_layer_norm`.
+
+    References:
+      Aji, Heafield 2017, Sparse communication for distributed gradient descent, arXiv 1704.05021, section 3 (smallest;
+      without their residual).
+    """
+    jax.tree.map(lambda share: check_number("prune_gradients: sparsity", share, 0.0, 1.0), sparsity)
+
+    def one(x, share, is_stacked):
+        shape = x.shape[:1] if is_stacked else ()
+        if not x.size:
+            return x, jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+        rows = x.reshape((*shape, -1))
+        size = scale.array_norm(rows, ())
+        nan = jnp.isnan(size.mantissa)
+        mantissa, shift = jnp.frexp(jnp.where(nan, jnp.inf, size.mantissa))
+        exponent = size.exponent + shift.astype(jnp.int32)
+        exponent = jnp.where(size.mantissa == 0, jnp.iinfo(jnp.int32).min, exponent)
+        exponent = jnp.where(jnp.isfinite(size.mantissa), exponent, jnp.iinfo(jnp.int32).max - nan.astype(jnp.int32))
+        place = jnp.broadcast_to(jnp.arange(rows.shape[-1]), rows.shape)
+        order = jax.lax.sort((exponent, mantissa, place), num_keys=3)[2]
+        rank = jnp.argsort(order, axis=-1)
+        number = jnp.round(jnp.asarray(share, jnp.float32) * rows.shape[-1]).astype(jnp.int32)
+        dropped = rank >= rows.shape[-1] - number if largest else rank < number
+        out = jnp.where(dropped, jnp.zeros((), x.dtype), rows).reshape(x.shape)
+        whole = scale.log2(scale.array_norm(x, layer_axes(x, is_stacked))).reshape(shape)
+        return out, whole, jnp.mean(dropped.astype(jnp.float32), axis=-1)
+
+    def update(updates, memory, params):
+        leaves, structure = jax.tree.flatten(updates)
+        flags = jax.tree.leaves(stacked_leaves(stacked, updates))
+        try:
+            spread = jax.tree.map(lambda share, branch: jax.tree.map(lambda _: share, branch), sparsity, updates)
+        except ValueError as error:
+            raise ValueError(
+                f"prune_gradients: sparsity {jax.tree.structure(sparsity)} is no prefix of the updates' {structure}; "
+                "pass one number or a prefix tree of numbers."
+            ) from error
+        done = [one(*each) for each in zip(leaves, jax.tree.leaves(spread), flags, strict=True)]
+        out, log2_norm, clipped = (
+            (jax.tree.unflatten(structure, column) for column in zip(*done, strict=True)) if done else (updates,) * 3
+        )
+        return Outcome(out, memory, log2_norm, clipped)
+
+    return rule("prune_gradients", update)
+
+
+def per_example_clip(max_norm: Number) -> optax.GradientTransformationExtraArgs:
+    """mean over examples b of g_b min(1, max_norm / ||g_b||), ||g_b|| over the whole tree: DP-SGD without its noise.
+
+    The one rule that changes shapes: every leaf of the updates has a leading example axis, which is removed. An
+    example that holds inf or NaN is passed on, and so shows in the mean. Telemetry: log2_norm of the largest example,
+    clipped = the share of examples clipped.
+
+    Args:
+      max_norm: non-negative, may be traced.
+
+    References:
+      Abadi et al. 2016, Deep learning with differential privacy, arXiv 1607.00133, algorithm 1.
+    """
+    check_number("per_example_clip: max_norm", max_norm)
+
+    def mean(x):
+        if jnp.iscomplexobj(x):
+            return jax.lax.complex(mean(x.real), mean(x.imag))
+        largest = scale.array_norm(x, 0)
+        unit = scale.multiply(x, Norm(jnp.ones_like(largest.mantissa), -largest.exponent))
+        total = jnp.mean(unit.astype(largest.mantissa.dtype), axis=0)
+        return scale.assemble(total, largest.exponent[0])
+
+    def update(updates, memory, params):
+        leaves = jax.tree.leaves(updates)
+        if len({jnp.shape(x)[:1] for x in leaves} | {()}) > 2 or any(jnp.ndim(x) == 0 for x in leaves):
+            shapes = ", ".join(str(jnp.shape(x)) for x in leaves)
+            raise ValueError(f"per_example_clip: leaves of shapes {shapes}; a leading axis of one length is needed.")
+        norms = [scale.array_norm(x.reshape(x.shape[0], -1), 1) for x in leaves if x.size]
+        size = scale.combine(norms) if norms else scale.of_number(jnp.zeros(()))
+        limit = scale.of_number(max_norm, size.mantissa.dtype)
+
+        def one(x):
+            per_leaf = jax.tree.map(lambda part: part.reshape((-1,) + (1,) * (x.ndim - 1)), size)
+            wide = x if jnp.iscomplexobj(x) else scale.widen(x)  # half precision is rounded once, at the end
+            return (
+                mean(limit_to(wide, per_leaf, limit)[0]).astype(x.dtype) if x.size else jnp.zeros(x.shape[1:], x.dtype)
+            )
+
+        over = scale.greater(size, limit) & jnp.isfinite(size.mantissa)
+        return Outcome(jax.tree.map(one, updates), memory, jnp.max(scale.log2(size)), _share(over))
+
+    tx = rule("per_example_clip", update)
+    of_one = lambda params: jax.tree.map(lambda x: jnp.asarray(x)[None], params)
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(of_one(params)), tx.update)

@@ -1,0 +1,382 @@
+"""Clipping rules with a memory: thresholds from the gradient norms seen so far.
+
+| rule | threshold at step t | group |
+|---|---|---|
+| `autoclip` | a percentile of the last norms, this one included | tree |
+| `historical_clip` | mean + n standard deviations of the last norms | tree |
+| `zclip` | the same of exponential moving averages, the harder the larger the spike | tree |
+| `adagc` | a multiple of the moving average of each leaf's (or layer's) own norm | leaf, layer |
+| `spam` | a multiple of each entry's root second moment; wraps an optimiser | entry |
+
+A history may hold 1e38 and 1e-30, so norms are remembered as (mantissa, exponent) and added, multiplied and sorted so:
+means and percentiles are those of the norms (not of their logarithms) and exact to rounding even beyond float32.
+
+Only norms that are finite and positive enter a memory: NaN and inf would stay in it for good, and the norms of a leaf
+that is masked or dead for a while would drive its threshold to zero and freeze it. A gradient that holds inf or NaN is
+passed on as it is, flagged by `log2_norm` in the telemetry, and leaves the memory as it was; a zero one stays zero. All
+rules tell their threshold (`log2_threshold`, inf while there is none). Cost: the norm, and `autoclip` sorts its window.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.core import Tracer
+
+from gradjax import scale
+from gradjax.scale import Norm
+from gradjax.transforms.clipping import Number, limit_to
+from gradjax.transforms.rule import Outcome, Stacked, check_number, layer_axes, rule, stacked_leaves
+
+PyTree = Any
+
+
+def _where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x.astype(y.dtype), y), a, b)
+
+
+def _zero(dtype: Any, shape: tuple[int, ...] = ()) -> Norm:
+    return Norm(jnp.zeros(shape, dtype), jnp.zeros(shape, jnp.int32))
+
+
+def _none(size: Norm) -> Norm:
+    """The threshold that clips nothing."""
+    return Norm(jnp.full_like(size.mantissa, jnp.inf), jnp.zeros_like(size.exponent))
+
+
+def _known(size: Norm) -> Array:
+    """Whether a norm may be remembered."""
+    return jnp.isfinite(size.mantissa) & (size.mantissa > 0)
+
+
+def _check_count(where: str, value: Any) -> int:
+    count = operator.index(value)
+    if count < 1:
+        raise ValueError(f"{where} is {value}; an integer in [1, inf) is needed.")
+    return count
+
+
+def _check_decay(where: str, value: Any) -> None:
+    check_number(where, value, 0.0, 1.0)
+    if not isinstance(value, Tracer) and np.any(np.asarray(value) == 1):
+        raise ValueError(f"{where} is {value}; a number in [0, 1) is needed.")
+
+
+# -- rules on the norm of the tree -----------------------------------------------------------------------
+
+
+def by_history(
+    name: str, start: Callable[[Any], PyTree], step: Callable[[Norm, PyTree], tuple[Norm, PyTree]]
+) -> optax.GradientTransformationExtraArgs:
+    """A rule that clips the norm of the tree to a threshold from its history.
+
+    Args:
+      name: of the rule.
+      start: dtype of the mantissas -> the empty memory.
+      step: (norm, memory) -> (threshold, memory with this norm); the latter is taken only for finite, positive norms.
+    """
+
+    def update(updates, memory, params):
+        size = scale.normal(scale.norm(updates))
+        limit, after = step(size, memory)
+        out = jax.tree.map(lambda x: limit_to(x, size, limit)[0], updates)
+        clipped = (scale.greater(size, limit) & jnp.isfinite(size.mantissa)).astype(jnp.float32)
+        memory = _where(_known(size), after, memory)
+        return Outcome(out, memory, scale.log2(size), clipped, {"log2_threshold": scale.log2(limit)})
+
+    return rule(name, update, lambda params: start(jax.eval_shape(scale.norm, params).mantissa.dtype))
+
+
+def _empty_window(window: int, dtype: Any) -> dict[str, Any]:
+    return {"norms": _zero(dtype, (window,)), "count": jnp.zeros((), jnp.int32)}
+
+
+def _remember(size: Norm, memory: dict[str, Any], window: int) -> dict[str, Any]:
+    place = memory["count"] % window
+    norms = jax.tree.map(lambda old, new: old.at[place].set(new.astype(old.dtype)), memory["norms"], size)
+    return {"norms": norms, "count": memory["count"] + 1}
+
+
+def autoclip(percentile: Number = 10.0, window: int = 1000) -> optax.GradientTransformationExtraArgs:
+    """g -> g min(1, c_t / ||g||), c_t the percentile of {||g_s||: s <= t} over the last `window` steps.
+
+    The paper remembers all steps; here the memory is bounded, the same as the paper's up to `window` steps. Between
+    two ranks the percentile is linear in the norms, as `numpy.percentile`, also where a norm overflows float32.
+
+    Args:
+      percentile: p in [0, 100], 10 in the paper (section 4). May be traced.
+      window: number of norms remembered; static.
+
+    References:
+      Seetharaman, Wichern, Pardo, Le Roux 2020, AutoClip: adaptive gradient clipping for source separation networks,
+      arXiv 2007.14469, section 3.
+    """
+    check_number("autoclip: percentile", percentile, 0.0, 100.0)
+    window = _check_count("autoclip: window", window)
+
+    def step(size, memory):
+        memory = _remember(size, memory, window)
+        filled = jnp.minimum(memory["count"], window)
+        unfilled = jnp.arange(window) >= filled
+        exponent = jnp.where(unfilled, jnp.iinfo(jnp.int32).max, memory["norms"].exponent)
+        exponent, mantissa = lax.sort((exponent, memory["norms"].mantissa), num_keys=2)
+        rank = jnp.asarray(percentile, mantissa.dtype) * (filled - 1).astype(mantissa.dtype) / 100
+        low = jnp.floor(rank).astype(jnp.int32)
+        at = lambda i: Norm(mantissa[i], exponent[i])
+        below, above = at(low), at(jnp.minimum(low + 1, filled - 1))
+        share = scale.of_number(rank - low.astype(rank.dtype), rank.dtype)
+        return scale.plus(below, scale.times(scale.minus(above, below), share)), memory
+
+    return by_history("autoclip", lambda dtype: _empty_window(window, dtype), step)
+
+
+def historical_clip(
+    num_sigmas: Number = 3.0, window: int = 100, warmup_steps: Number = 10
+) -> optax.GradientTransformationExtraArgs:
+    """g -> g min(1, c_t / ||g||), c_t = mean + num_sigmas * standard deviation of the last `window` clipped norms.
+
+    This step's norm is not among them (one spike in n norms is never more than sqrt(n - 1) deviations from a mean it
+    is part of), and a clipped gradient is remembered with the norm it was clipped to. No clipping before `warmup_steps`
+    norms are known: put a `clip_by_global_norm` in front against a spike among those.
+
+    Args:
+      num_sigmas: non-negative; 3, the usual control limit (Shewhart 1931). May be traced.
+      window: number of norms remembered; static.
+      warmup_steps: norms to see before the first clipping. May be traced.
+    """
+    check_number("historical_clip: num_sigmas", num_sigmas)
+    check_number("historical_clip: warmup_steps", warmup_steps)
+    window = _check_count("historical_clip: window", window)
+
+    def step(size, memory):
+        norms, filled = memory["norms"], jnp.minimum(memory["count"], window)
+        dtype = norms.mantissa.dtype
+        known = jnp.arange(window) < filled
+        shared = jnp.max(jnp.where(known, norms.exponent, jnp.iinfo(jnp.int32).min // 2))
+        parts = jnp.where(known, jnp.ldexp(norms.mantissa, jnp.maximum(norms.exponent - shared, -100)), 0)
+        number = jnp.maximum(filled, 1).astype(dtype)
+        mean = jnp.sum(parts) / number
+        deviation = jnp.sqrt(jnp.sum(jnp.square(jnp.where(known, parts - mean, 0))) / number)
+        sigmas = scale.of_number(num_sigmas, dtype)
+        limit = scale.plus(scale.normal(Norm(mean, shared)), scale.times(scale.normal(Norm(deviation, shared)), sigmas))
+        is_warm = (filled > 0) & (memory["count"] >= warmup_steps)
+        limit = _where(is_warm, limit, _none(limit))
+        kept = _where(scale.greater(size, limit), limit, size)
+        return limit, _remember(kept, memory, window)
+
+    return by_history("historical_clip", lambda dtype: _empty_window(window, dtype), step)
+
+
+def zclip(
+    alpha: Number = 0.97, z_thres: Number = 2.5, warmup_steps: Number = 25
+) -> optax.GradientTransformationExtraArgs:
+    """A spike, z = (||g|| - mu) / s > z_thres, is clipped to the norm mu + z_thres^2 s / z: harder the larger it is.
+
+        mu <- alpha mu + (1 - alpha) n,   s^2 <- alpha s^2 + (1 - alpha) (n - mu)^2,   n the norm after clipping
+
+    with the new mu in the second. They start as the mean and the population variance of the first `warmup_steps` norms,
+    during which nothing is clipped: put a `clip_by_global_norm` in front against a spike among those (as the authors'
+    code does). Where s = 0 any norm above mu is a spike, and clipped to mu.
+
+    Args:
+      alpha: decay of the averages in [0, 1), .97 in the paper. May be traced.
+      z_thres: non-negative, 2.5 in the paper. May be traced.
+      warmup_steps: 25 in the paper. May be traced.
+
+    References:
+      Kumar, Owen, Chowdhury, Guera 2025, ZClip: adaptive spike mitigation for LLM pre-training, arXiv 2504.02507,
+      section 3 and algorithm 1.
+    """
+    _check_decay("zclip: alpha", alpha)
+    check_number("zclip: z_thres", z_thres)
+    check_number("zclip: warmup_steps", warmup_steps, 1.0)
+
+    def start(dtype):
+        return {"mean": _zero(dtype), "variance": _zero(dtype), "count": jnp.zeros((), jnp.int32)}
+
+    def step(size, memory):
+        mean, variance, count = memory["mean"], memory["variance"], memory["count"] + 1
+        number = lambda x: scale.of_number(x, mean.mantissa.dtype)
+        inverse = 1 / count.astype(mean.mantissa.dtype)
+        is_warm = memory["count"] >= warmup_steps
+        excess = scale.minus(size, mean)
+        bound = scale.times(number(z_thres), number(z_thres), variance)  # (z_thres s)^2
+        is_spike = is_warm & (excess.mantissa > 0) & scale.greater(scale.times(excess, excess), bound)
+        limit = _where(is_spike, scale.plus(mean, scale.normal(scale.divide(bound, excess))), _none(size))
+        kept = _where(is_spike, limit, size)
+        new_mean = scale.plus(scale.times(number(alpha), mean), scale.times(number(1 - alpha), kept))
+        gap = scale.minus(kept, new_mean)
+        new_variance = scale.plus(scale.times(number(alpha), variance), scale.times(number(1 - alpha), gap, gap))
+        move = scale.times(number(inverse), excess)  # Welford's update, while warming up
+        first_mean = scale.plus(mean, move)
+        first_variance = scale.times(number(1 - inverse), scale.plus(variance, scale.times(move, excess)))
+        after = _where(is_warm, (new_mean, new_variance), (first_mean, first_variance))
+        return limit, {"mean": after[0], "variance": after[1], "count": count}
+
+    return by_history("zclip", start, step)
+
+
+# -- rules per leaf and per entry ------------------------------------------------------------------------
+
+
+def adagc(
+    lambda_rel: Number = 1.05,
+    lambda_abs: Number = 1.0,
+    beta: Number = 0.98,
+    warmup_steps: Number = 100,
+    stacked: Stacked = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Each leaf i (or layer of a stacked leaf) against its own history: g_i -> h_i g_i, n_i = ||h_i g_i||,
+
+        t <= warmup_steps:  h_i = min(1, lambda_abs / ||g||),          gamma_i <- min(gamma_i, n_i)
+        afterwards:         h_i = min(1, lambda_rel gamma_i / ||g_i||), gamma_i <- beta gamma_i + (1 - beta) n_i
+
+    with ||g|| the norm of the tree. A leaf without a finite, positive norm so far has no gamma and is not clipped; its
+    first such norm becomes its gamma.
+
+    Args:
+      lambda_rel: 1.05 in the paper. May be traced.
+      lambda_abs: 1.0 in the paper. May be traced.
+      beta: decay in [0, 1), .98 in the paper. May be traced.
+      warmup_steps: T_start, 100 in the paper. May be traced.
+      stacked: as in `clip_by_layer_norm`.
+
+    References:
+      Wang et al. 2025, AdaGC: improving training stability for large language model pretraining, arXiv 2502.11034,
+      section 3 and algorithm 1.
+    """
+    check_number("adagc: lambda_rel", lambda_rel)
+    check_number("adagc: lambda_abs", lambda_abs)
+    check_number("adagc: warmup_steps", warmup_steps)
+    _check_decay("adagc: beta", beta)
+
+    def sizes(tree):
+        flags = jax.tree.leaves(stacked_leaves(stacked, tree))
+        pairs = zip(jax.tree.leaves(tree), flags, strict=True)
+        return [scale.normal(scale.array_norm(x, layer_axes(x, flag))) for x, flag in pairs], flags
+
+    flat = lambda x, flag: x.reshape(x.shape[: int(flag)])
+
+    def init(params):
+        norms, flags = sizes(params)
+        gammas = [_zero(n.mantissa.dtype, flat(n.mantissa, flag).shape) for n, flag in zip(norms, flags, strict=True)]
+        return {"gamma": gammas, "count": jnp.zeros((), jnp.int32)}
+
+    def update(updates, memory, params):
+        leaves, structure = jax.tree.flatten(updates)
+        whole = scale.normal(scale.norm(updates))
+        is_warm = memory["count"] >= warmup_steps
+        absolute = scale.greater(whole, scale.of_number(lambda_abs)) & jnp.isfinite(whole.mantissa)
+
+        def one(x, size, old, flag):
+            number = lambda value: scale.of_number(value, size.mantissa.dtype)
+            gamma = jax.tree.map(lambda part: part.reshape(size.mantissa.shape), old)
+            has_gamma = gamma.mantissa > 0
+            limit = _where(has_gamma, scale.times(number(lambda_rel), gamma), _none(size))
+            over = jnp.where(is_warm, scale.greater(size, limit), absolute) & jnp.isfinite(size.mantissa)
+            factor = _where(is_warm, scale.divide(limit, size), scale.divide(number(lambda_abs), whole))
+            out = jnp.where(over, scale.multiply(x, factor), x)
+            kept = _where(over, scale.times(size, factor), size)
+            average = scale.plus(scale.times(number(beta), gamma), scale.times(number(1 - beta), kept))
+            smallest = _where(scale.greater(gamma, kept), kept, gamma)
+            new = _where(has_gamma, _where(is_warm, average, smallest), kept)
+            new = jax.tree.map(lambda part: flat(part, flag), _where(_known(size), new, gamma))
+            told = scale.log2(_where(is_warm, limit, _none(size)))
+            return out, new, *(flat(part, flag) for part in (scale.log2(size), over.astype(jnp.float32), told))
+
+        done = [
+            one(*each)
+            for each in zip(leaves, *(c for c in [sizes(updates)[0], memory["gamma"], sizes(updates)[1]]), strict=True)
+        ]
+        out, gammas, log2_norm, clipped, told = zip(*done, strict=True) if done else ((),) * 5
+        tree = lambda column: jax.tree.unflatten(structure, column)
+        memory = {"gamma": list(gammas), "count": memory["count"] + 1}
+        return Outcome(tree(out), memory, tree(log2_norm), tree(clipped), {"log2_threshold": tree(told)})
+
+    return rule("adagc", update, init)
+
+
+def spam(
+    inner: optax.GradientTransformation,
+    threshold: Number = 5000.0,
+    reset_every: Number = 500,
+    warmup_steps: Number = 150,
+    decay: Number = 0.999,
+    min_history: Number = 20,
+) -> optax.GradientTransformationExtraArgs:
+    """Spike-aware wrapper of an optimiser: entries that spike are clipped before it, its moments reset every so often.
+
+        g_i -> sign(g_i) sqrt(threshold v_i)   where g_i^2 > threshold v_i,    v_i <- decay v_i + (1 - decay) g_i^2
+
+    Every `reset_every` steps the state of `inner` starts anew, and its update is multiplied k steps later by
+    1 - .99 (1 + cos(pi k / (warmup_steps + 1))) / 2 for k < warmup_steps, from .01 to 1. The state that starts anew
+    is all of `inner`'s: a schedule belongs behind this wrapper: `chain(spam(scale_by_adam()), scale_by_schedule(...))`.
+
+    In the paper v is Adam's own second moment, and is lost with it at a reset, after which nothing is clipped for
+    `min_history` steps. Here v is the wrapper's, of any optimiser, and outlives resets, so that only the first steps
+    are blind. An entry whose gradient was 0 so far has no v and is not clipped (the paper would hold it at 0 forever).
+
+    Args:
+      inner: any optax transform.
+      threshold: on g^2 / v, 5000 in the paper. May be traced.
+      reset_every: 500 in the paper. May be traced.
+      warmup_steps: 150 in the paper. May be traced.
+      decay: of v in [0, 1), Adam's .999. May be traced.
+      min_history: steps before the first clipping, 20 in the authors' code. May be traced.
+
+    References:
+      Huang et al. 2025, SPAM: spike-aware Adam with momentum reset for stable LLM training, arXiv 2501.06842,
+      section 3 and algorithm 1.
+    """
+    check_number("spam: threshold", threshold)
+    check_number("spam: reset_every", reset_every, 1.0)
+    check_number("spam: warmup_steps", warmup_steps)
+    check_number("spam: min_history", min_history)
+    _check_decay("spam: decay", decay)
+    inner = optax.with_extra_args_support(inner)
+    entries = lambda x: scale.normal(scale.array_norm(x, ()))
+
+    def init(params):
+        moments = [jax.tree.map(jnp.zeros_like, entries(x)) for x in jax.tree.leaves(params)]
+        return {"inner": inner.init(params), "root_moment": moments, "count": jnp.zeros((), jnp.int32)}
+
+    def update(updates, memory, params):
+        leaves, structure = jax.tree.flatten(updates)
+        count = memory["count"]
+
+        def one(x, moment):
+            size = entries(x)
+            number = lambda value: scale.of_number(
+                jnp.sqrt(jnp.asarray(value, size.mantissa.dtype)), size.mantissa.dtype
+            )
+            has_moment = (moment.mantissa > 0) & (count >= min_history)
+            limit = _where(has_moment, scale.times(moment, number(threshold)), _none(size))
+            out, over = limit_to(x, size, limit)
+            kept = _where(over, limit, size)
+            new = scale.normal(
+                scale.combine([scale.times(moment, number(decay)), scale.times(kept, number(1 - decay))])
+            )
+            share = jnp.mean(over.astype(jnp.float32)) if x.size else jnp.zeros((), jnp.float32)
+            return out, _where(_known(size), new, moment), scale.log2(scale.array_norm(x)), share
+
+        done = [one(*each) for each in zip(leaves, memory["root_moment"], strict=True)]
+        out, moments, log2_norm, clipped = zip(*done, strict=True) if done else ((),) * 4
+        tree = lambda column: jax.tree.unflatten(structure, column)
+        after = count % jnp.asarray(reset_every, jnp.int32)
+        is_reset = (count > 0) & (after == 0)
+        start = inner.init(updates if params is None else params)
+        result, state = inner.update(tree(out), _where(is_reset, start, memory["inner"]), params)
+        turn = jnp.pi * after.astype(jnp.float32) / (jnp.asarray(warmup_steps, jnp.float32) + 1)
+        share = 1 - 0.495 * (1 + jnp.cos(turn))
+        share = jnp.where((count >= reset_every) & (after < warmup_steps), share, 1.0)
+        result = jax.tree.map(lambda x: jnp.where(share == 1, x, x * share.astype(x.dtype)), result)
+        memory = {"inner": state, "root_moment": list(moments), "count": count + 1}
+        extra = {"reset": is_reset.astype(jnp.int32), "warmup": share}
+        return Outcome(result, memory, tree(log2_norm), tree(clipped), extra)
+
+    return rule("spam", update, init)
