@@ -1,0 +1,80 @@
+"""`watch`: norms of gradients, updates and parameters per leaf and per layer, around any optimiser, in one line.
+
+For every leaf, and every layer of a leaf that is `stacked`, at every step
+
+    log2_grad    log2 ||g||,    log2_update  log2 ||u||,    log2_param  log2 ||p||,
+    log2_ratio   log2 ||u|| / ||p||, the relative step (about -10 in a healthy run by a common rule of thumb)
+
+and, once in a run, the first leaf that held inf or NaN and its step. The optimiser is not changed: updates and inner
+state are bit for bit what they are without. The norms are the ones of `gradjax.scale`: a gradient of 1e30 has one, and
+one of 1e-40 is not zero; -inf means that all entries are zero, inf and NaN what they say. Read all of it, the rules
+inside included, with `gradjax.transforms.telemetry(opt_state)`. The state has a fixed structure and lives in scans,
+vmaps and checkpoints. Cost: three norms of the tree.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradjax import scale
+from gradjax.transforms.rule import RuleState, Stacked
+from gradjax.transforms.wrapping import Inside, first_bad, norms_by_leaf
+
+PyTree = Any
+
+
+def watch(tx: optax.GradientTransformation, stacked: Stacked = None) -> optax.GradientTransformationExtraArgs:
+    """`tx` and a record of its gradients, updates and parameters; see the module.
+
+    Args:
+      tx: any Optax transform or optimiser.
+      stacked: the leaves whose first axis is the layer of a scan: a prefix tree of bools or a predicate on the path.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from gradjax.transforms import telemetry, watch
+    >>> tx = watch(optax.sgd(0.5))
+    >>> params = {"w": jnp.full(4, 2.0)}
+    >>> _, state = tx.update({"w": jnp.full(4, 1e20)}, tx.init(params), params)
+    >>> {k: round(float(v), 1) for k, v in telemetry(state).items() if "log2" in k}["0.watch/log2_ratio/['w']"]
+    64.4
+    """
+    inner = optax.with_extra_args_support(tx)
+    fields = ("log2_grad", "log2_update", "log2_param", "log2_ratio")
+
+    def measure(updates, out, params):
+        structure = jax.tree.structure(updates)
+        grads, steps, of_params = (norms_by_leaf(tree, stacked) for tree in (updates, out, params))
+        logs = [[scale.log2(n) for n in norms] for norms in (grads, steps, of_params)]
+        # nothing over nothing is no step
+        ratio = [jnp.where(u == -jnp.inf, u, u - p.astype(u.dtype)) for u, p in zip(logs[1], logs[2], strict=True)]
+        seen = {k: jax.tree.unflatten(structure, v) for k, v in zip(fields, [*logs, ratio], strict=True)}
+        bad = [
+            ~jnp.all(jnp.isfinite(g.mantissa) & jnp.isfinite(u.mantissa) & jnp.isfinite(p.mantissa))
+            for g, u, p in zip(grads, steps, of_params, strict=True)
+        ]
+        return seen, first_bad(bad)
+
+    def init_fn(params):
+        seen = jax.eval_shape(lambda: measure(params, params, params)[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
+        none = jnp.full((), -1, jnp.int32)
+        marks = {"first_bad_leaf": none, "first_bad_step": none, "count": jnp.zeros((), jnp.int32)}
+        return RuleState(zeros | marks, Inside(inner.init(params)), "watch")
+
+    def update_fn(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError("watch: it measures the parameters too; call update(grads, state, params).")
+        out, inner_state = inner.update(updates, state.memory.inner_state, params, **extra)
+        seen, bad = measure(updates, out, params)
+        old = state.telemetry
+        first = (old["first_bad_step"] < 0) & (bad >= 0)
+        marks = {
+            "first_bad_leaf": jnp.where(first, bad, old["first_bad_leaf"]),
+            "first_bad_step": jnp.where(first, old["count"], old["first_bad_step"]),
+            "count": old["count"] + 1,
+        }
+        return out, RuleState(seen | marks, Inside(inner_state), "watch")
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
