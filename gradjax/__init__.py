@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from gradjax.spectrum import moments as moments
     from gradjax.step import layer_jacobians as layer_jacobians
     from gradjax.step import signals as signals
+    from gradjax.transforms import telemetry as telemetry
+    from gradjax.transforms import watch as watch
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,8 @@ _HOME = {
     "moments": "spectrum",
     "layer_jacobians": "step",
     "signals": "step",
+    "telemetry": "transforms",
+    "watch": "transforms",
 }
 
 __all__ = [
@@ -34,6 +38,8 @@ __all__ = [
     "lyapunov_exponents",
     "moments",
     "signals",
+    "telemetry",
+    "watch",
 ]
 
 
