@@ -1,6 +1,5 @@
 """Factors of a product as they come in: checked, stacked, and asked whether they are tracers."""
 
-import functools
 from typing import Any
 
 import jax
@@ -14,6 +13,11 @@ PyTree = Any
 def x64() -> bool:
     """Whether x64 is on where the caller stands."""
     return jnp.result_type(float) == jnp.float64
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """float32 for half precision, else the dtype itself."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 def on_tracers(*trees: PyTree) -> bool:
@@ -61,6 +65,7 @@ def stack_factors(factors: Any) -> tuple[Any, list[tuple[int, int]]]:
         return jnp.asarray(factors), [tuple(factors.shape[-2:])] * factors.shape[-3]
     shapes = [tuple(x.shape[-2:]) for x in factors]
     n = max(max(shape) for shape in shapes)
-    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in factors])
+    dtypes = {x.dtype for x in factors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else max(map(at_least_float32, dtypes), key=lambda d: jnp.finfo(d).bits)
     pad = lambda x: [(0, 0)] * (x.ndim - 2) + [(0, n - x.shape[-2]), (0, n - x.shape[-1])]
     return jnp.stack([jnp.pad(jnp.asarray(x, dtype), pad(x)) for x in factors], axis=-3), shapes

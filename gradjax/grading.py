@@ -79,20 +79,23 @@ def finish(product: Product, passes: int) -> Graded:
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
-def _window_values(s: Array, t: Array, lane: Array, start: Array, first: Array, last: Array, *, size: int):
-    """Log singular values of rows first..last-1 of the slices start..start+size-1 of each lane's diag(e^s) T."""
+def _window_values(s: Array, t: Array, jobs: Array, count: Array, *, size: int) -> Array:
+    """Log singular values of `count` windows of diag(e^s) T, one row each; the other rows are left NaN.
 
-    def one(window):
-        lane, start, first, last = window
+    A job is (lane, start, first, last): rows first..last-1 of the slice start..start+size-1.
+    """
+    i = jnp.arange(size, dtype=jnp.int32)
+
+    def one(k, found):
+        lane, start, first, last = jobs[k]
         scale = lax.dynamic_slice(s, (lane, start), (1, size))[0]
         block = lax.dynamic_slice(t, (lane, start, start), (1, size, size))[0]
-        i = jnp.arange(size, dtype=jnp.int32)
         inside = (i >= first) & (i < last)
         weight = jnp.where(inside, jnp.exp(jnp.minimum(scale - scale[first], CLIP)), 0.0)
         a = jnp.where(inside[None, :], weight[:, None] * block, 0.0)
-        return scale[first] + safe_log(jnp.linalg.svd(a, compute_uv=False))
+        return found.at[k].set(scale[first] + safe_log(jnp.linalg.svd(a, compute_uv=False)))
 
-    return lax.map(one, (lane, start, first, last))
+    return lax.fori_loop(0, count, one, jnp.full((jobs.shape[0], size), jnp.nan))
 
 
 def _plan(s: np.ndarray, halo: float, core: float) -> list[tuple[int, int, int, int]]:
@@ -131,10 +134,12 @@ def windows(graded: Graded, tol: float) -> np.ndarray:
             size = min(n, max(16, 1 << (stop - start - 1).bit_length()))
             jobs.setdefault(size, []).append((lane, start, stop, first, last))
     for size, todo in jobs.items():
-        padded = np.array(todo + [todo[-1]] * ((1 << (len(todo) - 1).bit_length()) - len(todo)), np.int32)
-        lane, start, stop = padded[:, 0], padded[:, 1], padded[:, 2]
-        offset = np.minimum(start, n - size).astype(np.int32)
-        values = np.asarray(_window_values(graded.s, graded.t, lane, offset, start - offset, stop - offset, size=size))
+        table = np.zeros((out.size, 4), np.int32)  # of one length whatever the windows: compiled once per size
+        offset = [min(start, n - size) for _, start, *_ in todo]
+        table[: len(todo)] = [
+            (lane, o, start - o, stop - o) for o, (lane, start, stop, *_) in zip(offset, todo, strict=True)
+        ]
+        values = np.asarray(_window_values(graded.s, graded.t, table, np.int32(len(todo)), size=size))
         for row, (lane, start, _, first, last) in zip(values, todo, strict=False):
             out[lane, first:last] = row[first - start : last - start]
     return -np.sort(-out, axis=1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from gradjax.factors import check_factors, on_tracers, stack_factors, x64
+from gradjax.factors import at_least_float32, check_factors, on_tracers, stack_factors, x64
 from gradjax.product import safe_log
 
 
@@ -76,8 +76,8 @@ def _jitted(flat: Array, *, f: Callable) -> Any:
 def _by_lane(f: Callable, factors: Any) -> Any:
     """`f` over the lanes of a stack: in float64 and NumPy on the host, in the factors' own dtype on tracers."""
     if on_tracers(factors):
-        half = jnp.promote_types(factors.dtype, jnp.float32)
-        found = jax.vmap(f)(factors.reshape(-1, *factors.shape[-3:]).astype(half))
+        flat = factors.reshape(-1, *factors.shape[-3:]).astype(at_least_float32(factors.dtype))
+        found = jax.vmap(f)(flat)
         return jax.tree.map(lambda x: x.reshape(*factors.shape[:-3], -1), found)
     with jax.enable_x64(True):
         flat = jnp.asarray(factors).astype(float)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from gradjax.factors import at_least_float32
 from gradjax.grading import fold_and_sort, log_qr
 from gradjax.product import columns, safe_log, unit_triangle
 
@@ -112,7 +113,7 @@ def log_singular_values(factors: Array) -> Array:
 
     NaN where a factor is NaN or inf. Batches by `jax.vmap`.
     """
-    s, t = _product(factors.astype(jnp.promote_types(factors.dtype, jnp.float32)))
+    s, t = _product(factors.astype(at_least_float32(factors.dtype)))
     broken = jnp.any(jnp.isnan(s)) | ~jnp.all(jnp.isfinite(factors))
     for _ in range(PASSES):
         s, t = fold_and_sort(s, t)

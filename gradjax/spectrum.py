@@ -51,7 +51,7 @@ class SpectrumInfo(NamedTuple):
     method: np.ndarray  # str: "lu", "careful" (the fallback), "none" (NaN)
     blocks: np.ndarray  # int: factorisations
     rejects: np.ndarray  # int: blocks thrown away and redone shorter
-    error_bound: np.ndarray  # nats: from the pivots; 10 to 1000 times the errors that were measured
+    error_bound: np.ndarray  # nats: from the pivots, 10 to 1000 times the errors that were measured; inf: no bound
     undetermined: np.ndarray  # int: values decided by the rounding of one factor in its own dtype
     failed_layer: np.ndarray  # int: the layer whose factor is NaN or inf, or -1
     trusted: np.ndarray  # bool: the checks passed; False is also told by a warning
@@ -70,21 +70,23 @@ class JacobianSpectrum(NamedTuple):
 # ---- programs: jitted inside x64, one lane after another, so that no lane waits for another's rejected blocks
 
 
-def _solve(layer: product.Layer, carry: PyTree, depth: int, n: int, *, tol: float, dtype: Any, careful: bool):
+def _solve(
+    layer: product.Layer, carry: PyTree, depth: int, n: int, tol: Array, *, dtype: Any, careful: bool, passes: int
+):
     """One lane: (what is left for `grading.windows`, the sweep without its matrices)."""
     found = product.sweep(layer, carry, depth, n, tol=tol, dtype=dtype, careful=careful)
-    graded = grading.finish(found, grading.passes(tol))
+    graded = grading.finish(found, passes)
     return graded, {k: x for k, x in found._asdict().items() if k not in ("x_t", "s", "t_t")}
 
 
-@functools.partial(jax.jit, static_argnames=("careful", "tol"))
-def _of_factors(factors: Array, lanes: Array, *, careful: bool, tol: float):
+@functools.partial(jax.jit, static_argnames=("careful", "passes"))
+def _of_factors(factors: Array, lanes: Array, tol: Array, **static: Any):
     """factors (B, L, N, N), lanes (b,) indices into B."""
 
     def one(lane):
         layer = lambda carry, index: (carry, factors[lane, index])
         depth, n = factors.shape[1], factors.shape[-1]
-        return _solve(layer, (), depth, n, tol=tol, dtype=factors.dtype, careful=careful)
+        return _solve(layer, (), depth, n, tol, dtype=factors.dtype, **static)
 
     return lax.map(one, lanes)
 
@@ -118,8 +120,8 @@ def _pick(tree: PyTree, *index: Array) -> PyTree:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-@functools.partial(jax.jit, static_argnames=("step", "in_axes", "context", "careful", "tol"))
-def _of_step(h0: PyTree, thetas: PyTree, lanes: Array, *, step, in_axes, context, careful: bool, tol: float):
+@functools.partial(jax.jit, static_argnames=("step", "in_axes", "context", "careful", "passes"))
+def _of_step(h0: PyTree, thetas: PyTree, lanes: Array, tol: Array, *, step, in_axes, context, **static: Any):
     """The layer Jacobians are made inside the sweep from (h, theta_l): memory O(N^2) per lane."""
     depth = jax.tree.leaves(thetas)[0].shape[0 if in_axes[1] is None else 1]
 
@@ -133,7 +135,7 @@ def _of_step(h0: PyTree, thetas: PyTree, lanes: Array, *, step, in_axes, context
             w, h_next = jacobian(h, theta(index))
             return h_next, w
 
-        return _solve(layer, h, depth, w.shape[0], tol=tol, dtype=w.dtype, careful=careful)
+        return _solve(layer, h, depth, w.shape[0], tol, dtype=w.dtype, **static)
 
     return lax.map(one, lanes)
 
@@ -172,7 +174,7 @@ def _in_lanes(program: Callable, lanes: np.ndarray, tol: float, careful: bool) -
 
     def chunk(lanes):
         with jax.enable_x64(True):  # local to a thread
-            graded, found = program(lanes, careful=careful)
+            graded, found = program(lanes, np.float64(tol), careful=careful, passes=grading.passes(tol))
             return grading.windows(graded, tol), {name: np.array(x) for name, x in found.items()}
 
     workers = _workers()
@@ -200,14 +202,15 @@ def _run(program: Callable, count: int, tol: float) -> tuple[np.ndarray, np.ndar
         method[again] = "careful"
     failed = found["failed_at"] >= 0
     values[failed], method[failed] = np.nan, "none"
+    steady = found["closed"] < product.CLOSED
     info = SpectrumInfo(
         method=method,
         blocks=found["blocks"],
         rejects=found["rejects"],
-        error_bound=found["error"],
+        error_bound=np.where(steady, found["error"], np.inf),
         undetermined=found["undetermined"],
         failed_layer=found["failed_at"],
-        trusted=~np.isnan(values).any(axis=1) & (found["worst"] <= 1.001 * tol),
+        trusted=~np.isnan(values).any(axis=1) & steady & (found["worst"] <= 1.001 * tol),
     )
     return values, found["log_gain"], info
 
@@ -224,8 +227,8 @@ def _warn(info: SpectrumInfo, name: str) -> None:
     doubtful = int(((info.failed_layer < 0) & ~info.trusted).sum())
     if doubtful:
         warnings.warn(
-            f"{name}: in {doubtful} of {info.trusted.size} products a factor is so ill-conditioned that rounding "
-            f"decides the smallest values; the largest error bound is {info.error_bound.max():.1e} nats.",
+            f"{name}: in {doubtful} of {info.trusted.size} products rounding decides the smallest values: a factor is "
+            "too ill-conditioned for float64, or directions grow apart and draw near again. See info.error_bound.",
             stacklevel=3,
         )
 
@@ -242,7 +245,7 @@ def _of_arrays(factors: Any, tol: float) -> tuple[np.ndarray, SpectrumInfo]:
         stack, shapes = stack_factors(factors)
         lanes, n = stack.shape[:-3], stack.shape[-1]
         flat = stack.reshape(-1, *stack.shape[-3:])
-    values, _, info = _run(functools.partial(_of_factors, flat, tol=tol), flat.shape[0], tol)
+    values, _, info = _run(functools.partial(_of_factors, flat), flat.shape[0], tol)
     info = SpectrumInfo(*(x.reshape(lanes) for x in info))
     return values.reshape(*lanes, n)[..., : min(shapes[0][1], shapes[-1][0])], info
 
@@ -335,7 +338,7 @@ def jacobian_spectrum(
     if is_links(step) or on_tracers(h0, thetas):
         return _of_whole_network(step, h0, thetas, in_axes, layers, tol)
     context = _Context(x64(), getattr(jax.config, "jax_default_matmul_precision", None))
-    program = functools.partial(_of_step, h0, thetas, step=step, in_axes=in_axes, context=context, tol=tol)
+    program = functools.partial(_of_step, h0, thetas, step=step, in_axes=in_axes, context=context)
     values, log_gain, info = _run(program, count or 1, tol)
     each = _each_layer(step, h0, thetas, in_axes, values.shape[-1], count or 1, tol) if layers else None
     if count is None:
@@ -358,35 +361,49 @@ def _each_layer(step, h0, thetas, in_axes, n: int, count: int, tol: float) -> np
     return np.concatenate(found, axis=-2)
 
 
-def _of_whole_network(step, h0, thetas, in_axes, layers: bool, tol: float) -> JacobianSpectrum:
-    """Links of unequal width, and tracers: all layer Jacobians are held at once."""
+@functools.partial(jax.jit, static_argnames=("steps", "in_axes"))
+def _all_layers(h: PyTree, thetas: PyTree, *, steps: tuple, in_axes: tuple[int | None, int | None]):
+    """(layer Jacobians, a stack or a list of unequal shapes; log gains (..., depth)), all held at once."""
 
     def jacobians(h, thetas):
-        if not is_links(step):
-            return layer_jacobians(step, h, thetas)
-        return layer_jacobians([_with_theta(x, theta) for x, theta in zip(step, thetas, strict=True)], h)
+        if callable(steps[0]):
+            return layer_jacobians(steps[0], h, thetas)
+        return layer_jacobians([_link(x, theta) for x, theta in zip(steps, thetas, strict=True)], h)
 
+    def gain(w):
+        return scale.log_norm(w) - float(0.5 * np.log(w.shape[0]))
+
+    def one(h, thetas):
+        found = jacobians(h, thetas)
+        return found, jnp.stack([gain(w) for w in found]) if isinstance(found, list) else jax.vmap(gain)(found)
+
+    return _over_lanes(one, in_axes)(h, thetas)
+
+
+def _of_whole_network(step, h0, thetas, in_axes, layers: bool, tol: float) -> JacobianSpectrum:
+    """Links of unequal width, and tracers: all layer Jacobians are held at once."""
+    steps = (step,)
     if is_links(step):
-        thetas = [link[1] for link in step]
-    traced = on_tracers(h0, thetas)
-    factors = _over_lanes(jacobians, in_axes)(h0, thetas)
+        steps, thetas = tuple((link[0], isinstance(link, Scan)) for link in step), [link[1] for link in step]
+    factors, log_gain = _all_layers(h0, thetas, steps=steps, in_axes=in_axes)
     stack, shapes = stack_factors(factors)
-    log_norm = jnp.vectorize(scale.log_norm, signature="(n,n)->()")(stack)
-    log_gain = log_norm - jnp.asarray([0.5 * np.log(shape[0]) for shape in shapes], log_norm.dtype)
-    each = stack[..., None, :, :]
-    inside = np.array([[i < min(shape) for i in range(stack.shape[-1])] for shape in shapes])
-    if traced:
+    exists = np.array([[i < min(shape) for i in range(stack.shape[-1])] for shape in shapes])
+    exists = np.broadcast_to(exists, stack.shape[:-1])
+    each, one_by_one = None, stack[..., None, :, :]
+    if on_tracers(h0, thetas):
         values = _of_tracers(factors)
-        each = jnp.where(inside, _of_tracers(each), jnp.nan) if layers else None  # pyright: ignore
+        if layers:
+            each = jnp.where(exists, _of_tracers(one_by_one), jnp.nan)
         return JacobianSpectrum(values, each, log_gain, _condition(values, jnp), None)  # pyright: ignore
     values, info = _of_arrays(factors, tol)
     _warn(info, "jacobian_spectrum")
-    each = np.where(inside, _of_arrays(each, tol)[0], np.nan) if layers else None
+    if layers:
+        each = np.where(exists, _of_arrays(one_by_one, tol)[0], np.nan)
     return JacobianSpectrum(values, each, np.asarray(log_gain, float), _condition(values, np), info)
 
 
-def _with_theta(link: Any, theta: PyTree) -> Any:
-    return Scan(link[0], theta) if isinstance(link, Scan) else (link[0], theta)
+def _link(step: tuple[Callable, bool], theta: PyTree) -> Any:
+    return Scan(step[0], theta) if step[1] else (step[0], theta)
 
 
 def _condition(values: Any, xp: Any) -> Any:
@@ -411,7 +428,8 @@ def _check_lanes(step: Any, h0: PyTree, thetas: PyTree, in_axes: Any) -> tuple[P
         )
     one = [_shapes(tree, 0 if axis is None else 1) for tree, axis in zip(trees, in_axes, strict=True)]
     if is_links(step) and thetas is None:
-        check_step([_with_theta(link, theta) for link, theta in zip(step, one[1], strict=True)], one[0])
+        links = [_link((link[0], isinstance(link, Scan)), theta) for link, theta in zip(step, one[1], strict=True)]
+        check_step(links, one[0])
     else:
         check_step(step, *one)
     return h0, thetas, sizes.pop() if sizes else None

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "product": set(),
     "grading": {"product"},
     "growth": {"factors", "product"},
-    "jacobi": {"product", "grading"},
+    "jacobi": {"factors", "product", "grading"},
     "spectrum": {"step", "scale", "factors", "product", "grading", "jacobi", "growth"},
     "matrix_free": {"step", "scale"},
     "activations": set(),
