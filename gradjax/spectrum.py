@@ -178,7 +178,7 @@ def _in_lanes(program: Callable, lanes: np.ndarray, tol: float, careful: bool) -
             return grading.windows(graded, tol), {name: np.array(x) for name, x in found.items()}
 
     workers = _workers()
-    size = max(1, len(lanes) // (8 * workers)) if workers > 1 else len(lanes)
+    size = max(1, len(lanes) // (4 * workers)) if workers > 1 else len(lanes)
     chunks = np.resize(lanes, (-(-len(lanes) // size), size)).astype(np.int32)  # the last one filled up from the first
     done = [chunk(chunks[0])]  # alone: it may have to compile
     if len(chunks) > 1:
