@@ -102,7 +102,7 @@ def test_what_has_not_converged_says_so(key):
     assert errors[0] > errors[1] > errors[2] > 1e-3
 
 
-@pytest.mark.parametrize("num_iters", [1, 2])
+@pytest.mark.parametrize("num_iters", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_residual_tracks_the_error(key, num_iters):
     weights, h0 = gaussian(key, 4, 60, 1.0), jnp.linspace(-1.0, 1.0, 60)
     sigma = np.linalg.svd(dense(step_module.layer_jacobians(tanh_step, h0, weights)), compute_uv=False)
