@@ -160,7 +160,8 @@ def _reorder(st: _State, order: Array, rows: list[tuple[int, int]]) -> _State:
 
 def _log_gain(w: Array, wide: bool) -> Array:
     """1/2 log(tr W W^T / N); `wide`: the entries may have squares beyond float64."""
-    size = columns(w.reshape(1, -1))[0] if wide else jnp.sqrt(jnp.sum(w * w))
+    flat = w.reshape(-1)
+    size = columns(flat[None])[0] if wide else jnp.sqrt(flat @ flat)  # a dot: XLA's reductions are not vectorised
     return safe_log(size) - 0.5 * float(np.log(w.shape[0]))
 
 
@@ -229,7 +230,8 @@ def sweep(layer: Layer, carry: Any, depth: int, n: int, *, tol: Array, dtype: An
         m = jnp.minimum(st.length, depth - st.layer)
         alone = m == 1
         carry, m_t, log_gain, total = multiply(st, m)
-        column = columns(m_t)
+        # squares that leave float64 reject a block; one factor has nothing shorter to fall back on
+        column = lax.cond(alone, lambda: columns(m_t), lambda: jnp.sqrt((m_t * m_t) @ jnp.ones(n)))
         old = st
         if careful:
             order = jnp.argsort(-(st.s + safe_log(column)))

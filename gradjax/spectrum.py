@@ -81,7 +81,8 @@ def _solve(
 
 @functools.partial(jax.jit, static_argnames=("careful", "passes"))
 def _of_factors(factors: Array, lanes: Array, tol: Array, **static: Any):
-    """factors (B, L, N, N), lanes (b,) indices into B."""
+    """factors (..., L, N, N), lanes (b,) indices into the leading axes, flattened here where it costs no copy."""
+    factors = factors.reshape(-1, *factors.shape[-3:])
 
     def one(lane):
         layer = lambda carry, index: (carry, factors[lane, index])
@@ -244,8 +245,7 @@ def _of_arrays(factors: Any, tol: float) -> tuple[np.ndarray, SpectrumInfo]:
     with jax.enable_x64(True):
         stack, shapes = stack_factors(factors)
         lanes, n = stack.shape[:-3], stack.shape[-1]
-        flat = stack.reshape(-1, *stack.shape[-3:])
-    values, _, info = _run(functools.partial(_of_factors, flat), flat.shape[0], tol)
+    values, _, info = _run(functools.partial(_of_factors, stack), int(np.prod(lanes)), tol)
     info = SpectrumInfo(*(x.reshape(lanes) for x in info))
     return values.reshape(*lanes, n)[..., : min(shapes[0][1], shapes[-1][0])], info
 
