@@ -287,7 +287,11 @@ def cpu_name():
 
 def markdown(rows, about, seconds):
     lines = ["## Spectrum of the layer product", "", f"{about}; {seconds:.0f} s in all.", ""]
-    lines += ["Floor: a float32 `lax.scan` of the same products, interleaved; ratios are medians of rounds.", ""]
+    lines += [
+        "Floor: a float32 `lax.scan` of the same products, interleaved; ratios are medians of rounds. A load above "
+    ]
+    lines[-1] += "the number of cores means that other work ran beside it."
+    lines += [""]
     lines += ["| what | value | goal | met | note |", "|---|---|---|---|---|"]
     met = {None: "", True: "yes", False: "**no**"}
     for r in rows:
