@@ -10,21 +10,29 @@ Subnormal numbers are flushed to zero by XLA's arithmetic on CPU, but not by its
 found among the bit patterns, and where it is tiny the group is first lifted out of the subnormal range through them.
 So norms are right from 1.4e-45 to 3.4e38 in float32 and bfloat16 (float16 and float64 alike), eagerly and under jit.
 
+None of that is needed where the plain sum of squares lies in [2^-60, inf): nothing overflowed, and the squares that
+were flushed, each below 2^-126, do not count. So that sum is tried first, and the rest is a branch that is rarely
+taken; it stays a branch under vmap, taken if any lane needs it, while each lane's value is its own.
+
 Half-precision leaves are computed in float32, complex ones as their two parts. A group that holds NaN has the norm NaN,
-one that holds inf (and no NaN) inf. Cost: two passes over the tree; a third where the largest magnitude is tiny.
+one that holds inf (and no NaN) inf. Cost: one pass over the tree; three to four more for groups whose sum of squares is
+0, tiny or not finite.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 PyTree = Any
 Axis = int | Sequence[int] | None
 
 LOG2 = 0.6931471805599453
+_SAFE = 2.0**-60  # from here on a sum of squares has lost nothing to underflow (for up to 2^40 terms)
 _LIFT = 64  # tiny groups are multiplied by 2^64, which takes the smallest subnormal float32 to 2^-85
 
 
@@ -63,6 +71,17 @@ def widen(x: Any) -> Array:
     elif x.dtype != jnp.float64:
         x = x.astype(jnp.float32)
     return x
+
+
+@jax.custom_batching.custom_vmap
+def _any_lane(flag: Array) -> Array:
+    """`flag`; under vmap whether any lane's holds, one value for all lanes, so that a `lax.cond` on it stays one."""
+    return flag
+
+
+@_any_lane.def_vmap
+def _(axis_size: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    return _any_lane(jnp.any(flag, axis=0)), False
 
 
 def _wide(x: Any) -> tuple[Array, Array]:
@@ -113,11 +132,23 @@ def _is_tiny(top: Array, dtype: Any) -> Array:
     return top < _int((f.bias - 64) << f.significand, f)
 
 
+# The branches of a `lax.cond` are functions of the module: as lambdas they would be compiled anew at every eager call.
+def _lift_where(x: Array, bits: Array, tiny: Array) -> Array:
+    return jnp.where(tiny, _lifted(x, bits), x)
+
+
+def _leave(x: Array, bits: Array, tiny: Array) -> Array:
+    return x
+
+
 def _lift_if_tiny(x: Array, bits: Array, top: Array) -> tuple[Array, Array, Array]:
     """(x, top, shift) with x * 2^shift in place of x where the group is tiny (the branch is rarely taken)."""
     f, tiny = _format(x.dtype), _is_tiny(top, x.dtype)
     tiny_like = jnp.broadcast_to(tiny, x.shape) if tiny.ndim == x.ndim else tiny
-    x = lax.cond(jnp.any(tiny), lambda: jnp.where(tiny_like, _lifted(x, bits), x), lambda: x)
+    if x.ndim == 0:
+        x = _lift_where(x, bits, tiny)
+    else:
+        x = lax.cond(_any_lane(jnp.any(tiny)), _lift_where, _leave, x, bits, tiny_like)
     top_value = lax.bitcast_convert_type(top, x.dtype)
     lifted_top = lax.bitcast_convert_type(_lifted(top_value, top), f.bits)
     return x, jnp.where(tiny, lifted_top, top), jnp.where(tiny, _LIFT, 0).astype(jnp.int32)
@@ -132,6 +163,121 @@ def _mantissa(sum_of_squares: Array, top: Array) -> Array:
     return jnp.where(top > infinity, jnp.asarray(jnp.nan, root.dtype), root)
 
 
+def _axes(x: Any, axis: Axis) -> tuple[int, ...]:
+    axes = range(jnp.ndim(x)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    return tuple(a % jnp.ndim(x) for a in axes)
+
+
+def _sum_of_squares(x: Array, axes: tuple[int, ...]) -> Array:
+    """Kept at length 1 over `axes`; whatever overflows or underflows does."""
+    if jnp.iscomplexobj(x):
+        squares = jnp.square(x.real) + jnp.square(x.imag)
+    else:
+        squares = jnp.square(x if x.dtype == jnp.float64 else x.astype(jnp.float32))
+    return jnp.sum(squares, axis=axes, keepdims=True)
+
+
+def _scaled_norm(x: Array, axes: tuple[int, ...]) -> Norm:
+    """By scaling with a power of two, right for every input; kept at length 1 over `axes`."""
+    wide, bits = _wide(x)
+    inner = (*axes, x.ndim) if wide.ndim > x.ndim else axes
+    top = _top(bits, inner)
+    lifted, top_lifted, shift = _lift_if_tiny(wide, bits, top)
+    exponent = _exponent(top_lifted, wide.dtype)
+    squares = jnp.square(_times_power(lifted, -exponent))
+    mantissa = _mantissa(jnp.sum(squares, axis=inner, keepdims=True), top)
+    exponent = jnp.where(top == 0, 0, exponent - shift)
+    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    return Norm(mantissa.reshape(shape), exponent.reshape(shape))
+
+
+def _is_safe(sums: Array) -> Array:
+    return (sums >= _SAFE) & (sums < jnp.inf)
+
+
+def _norms(arrays: tuple[Array, ...], axes: tuple[tuple[int, ...], ...], union: bool) -> Norm:
+    sums = [_sum_of_squares(*each).ravel() for each in zip(arrays, axes, strict=True)]
+    dtype = max((x.dtype for x in sums), key=lambda dtype: dtype.itemsize)
+    sizes = np.cumsum([0] + [x.size for x in sums])
+    flat = jnp.concatenate([x.astype(dtype) for x in sums])
+    total = jnp.sum(flat, keepdims=True) if union else flat
+    root = jnp.sqrt(jnp.where(_is_safe(total), total, 1))
+    exponent = _exponent(lax.bitcast_convert_type(root, _format(dtype).bits), dtype)
+    plain = Norm(root * _power(-exponent, dtype), exponent)
+
+    def careful(i):
+        value = _scaled_norm(arrays[i], axes[i])
+        return Norm(value.mantissa.ravel().astype(dtype), value.exponent.ravel())
+
+    def group(i):
+        """The groups of array i: those that are safe as they are, the others by scaling."""
+        part = slice(int(sizes[i]), int(sizes[i + 1]))
+        safe = _is_safe(flat[part])
+        kept = Norm(plain.mantissa[part], plain.exponent[part])
+        choose = lambda: jax.tree.map(lambda a, b: jnp.where(safe, a, b), kept, careful(i))
+        return lax.cond(_any_lane(jnp.any(~safe)), choose, lambda: kept)
+
+    def all_careful():
+        if not union:
+            parts = [group(i) for i in range(len(arrays))]
+            return Norm(jnp.concatenate([p.mantissa for p in parts]), jnp.concatenate([p.exponent for p in parts]))
+        each = [careful(i) for i in range(len(arrays))]
+        value = jax.tree.map(lambda x: x.reshape(1), combine(each))
+        return jax.tree.map(lambda a, b: jnp.where(_is_safe(total), a, b), plain, value)
+
+    # a loop of none or one turn: XLA copies the operands of a `cond`, and those of a loop it does not change stay put
+    unsafe = _any_lane(jnp.any(~_is_safe(total)))
+    start = (unsafe, *plain)
+    _, mantissa, exponent = lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), *all_careful()), start)
+    return Norm(mantissa, exponent)
+
+
+_norms = jax.custom_jvp(jax.jit(_norms, static_argnums=(1, 2)), nondiff_argnums=(1, 2))
+
+
+@_norms.defjvp
+def _(axes, union, primals, tangents):
+    """d||x|| = Re<x, dx> / ||x||, with x scaled by the exponent of its norm."""
+    (arrays,), (tangents,) = primals, tangents
+    value, out, start = _norms(arrays, axes, union), [], 0
+    for x, dx, inner in zip(arrays, tangents, axes, strict=True):
+        shape = tuple(1 if a in inner else n for a, n in enumerate(x.shape))
+        part = slice(0, 1) if union else slice(start, start := start + math.prod(shape))
+        m, e = value.mantissa[part], value.exponent[part]
+        m, e = (y.reshape((1,) * x.ndim if union else shape) for y in (m, e))
+        product = sum(
+            _times_power(a.astype(m.dtype), -e) * (b.astype(m.dtype) / m)
+            for a, b in (((x.real, dx.real), (x.imag, dx.imag)) if jnp.iscomplexobj(x) else ((x, dx),))
+        )
+        out.append(_times_power(jnp.sum(product, axis=inner, keepdims=True), -e).ravel())
+    tangent = sum(out[1:], out[0]) if union else jnp.concatenate(out)
+    return value, Norm(tangent, np.zeros(value.exponent.shape, jax.dtypes.float0))  # type: ignore[arg-type]
+
+
+def _checked(arrays: Sequence[Any]) -> tuple[Array, ...]:
+    arrays = tuple(jnp.asarray(x) for x in arrays)
+    for x in arrays:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(f"scale: got a leaf {x.shape} {x.dtype}; norms need real or complex floating arrays.")
+    return arrays
+
+
+def flat_norms(arrays: Sequence[Any], axes: Sequence[Axis]) -> Norm:
+    """The norms of the groups of several arrays one after the other, cheaper than `array_norm` of each.
+
+    Args:
+      arrays: n real or complex floating arrays.
+      axes: n times the axes of one group, as in `array_norm`.
+
+    Returns:
+      `Norm` of shape (all groups,), each array's raveled; in the widest dtype.
+    """
+    arrays = _checked(arrays)
+    if not arrays:
+        return Norm(jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32))
+    return _norms(arrays, tuple(_axes(*each) for each in zip(arrays, axes, strict=True)), False)
+
+
 def array_norm(x: Any, axis: Axis = None) -> Norm:
     """Euclidean norm of an array over `axis` (all axes by default), with the reduced axes kept at length 1.
 
@@ -142,18 +288,9 @@ def array_norm(x: Any, axis: Axis = None) -> Norm:
     Returns:
       `Norm` of the shape of `x` with the axes of the group at length 1, or of shape () for all axes.
     """
-    wide, bits = _wide(x)
-    ndim = jnp.ndim(x)
-    axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
-    inner = tuple(a % ndim for a in axes) + ((ndim,) if wide.ndim > ndim else ())
-    top = _top(bits, inner)
-    lifted, top_lifted, shift = _lift_if_tiny(wide, bits, top)
-    exponent = _exponent(top_lifted, wide.dtype)
-    squares = jnp.square(_times_power(lifted, -exponent))
-    mantissa = _mantissa(jnp.sum(squares, axis=inner, keepdims=True), top)
-    exponent = jnp.where(top == 0, 0, exponent - shift)
-    shape = () if axis is None else tuple(1 if a in inner else n for a, n in enumerate(jnp.shape(x)))
-    return Norm(mantissa.reshape(shape), exponent.reshape(shape))
+    value, axes = flat_norms([x], [axis]), _axes(x, axis)
+    shape = () if axis is None else tuple(1 if a in axes else n for a, n in enumerate(jnp.shape(x)))
+    return Norm(value.mantissa.reshape(shape), value.exponent.reshape(shape))
 
 
 def norm(tree: PyTree) -> Norm:
@@ -166,8 +303,11 @@ def norm(tree: PyTree) -> Norm:
       mantissa: () float32 (float64 if a leaf is), in [1/2, sqrt(size)); 0, inf or NaN where the norm is.
       exponent: () int32.
     """
-    norms = [array_norm(x) for x in jax.tree.leaves(tree) if jnp.size(x)]
-    return combine(norms) if norms else Norm(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    leaves = _checked([x for x in jax.tree.leaves(tree) if jnp.size(x)])
+    if not leaves:
+        return Norm(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    value = _norms(leaves, tuple(_axes(x, None) for x in leaves), True)
+    return Norm(value.mantissa[0], value.exponent[0])
 
 
 def combine(norms: Sequence[Norm]) -> Norm:
@@ -178,13 +318,19 @@ def combine(norms: Sequence[Norm]) -> Norm:
     127
     """
     dtype = max((n.mantissa.dtype for n in norms), key=lambda dtype: dtype.itemsize)
-    mantissa = jnp.stack([n.mantissa.astype(dtype) for n in norms])
-    exponent = jnp.stack([n.exponent for n in norms])
+    return union(Norm(jnp.stack([n.mantissa.astype(dtype) for n in norms]), jnp.stack([n.exponent for n in norms])))
+
+
+def union(norms: Norm) -> Norm:
+    """`combine` over the first axis of a `Norm`."""
+    mantissa, exponent = norms
     alive = mantissa != 0  # NaN and inf too: with exponent 0 they need no place of their own
     lowest = jnp.asarray(jnp.iinfo(jnp.int32).min // 2, jnp.int32)
-    largest = jnp.max(jnp.where(alive, exponent, lowest), axis=0)
+    largest = jnp.max(jnp.where(alive, exponent, lowest), axis=0, initial=jnp.iinfo(jnp.int32).min // 2)
     shared = jnp.where(jnp.any(alive, axis=0), largest, 0)
-    part = _times_power(mantissa, jnp.maximum(exponent - shared[None], -2000 if dtype == jnp.float64 else -250))
+    part = _times_power(
+        mantissa, jnp.maximum(exponent - shared[None], -2000 if mantissa.dtype == jnp.float64 else -250)
+    )
     part = jnp.where(jnp.isfinite(mantissa), part, mantissa)
     return Norm(jnp.sqrt(jnp.sum(jnp.square(part), axis=0)), shared)
 
@@ -258,12 +404,14 @@ def log_rms(tree: PyTree) -> Array:
     return value - 0.5 * jnp.log(jnp.asarray(size, value.dtype))
 
 
-def multiply(x: Array, factor: Norm) -> Array:
+def multiply(x: Array, factor: Norm, shrinks: bool = False) -> Array:
     """x * mantissa * 2^exponent in the dtype of `x`, right wherever the result is a normal number.
 
     Args:
       x: real or complex floating array, finite.
       factor: broadcasts against `x`; it may lie outside the range of the dtype.
+      shrinks: whether the factor is known to be at most 1 wherever the result is used. Then no subnormal number can
+        become a normal one, the pass over `x` that looks for them is left out, and the product is one that XLA fuses.
     """
     wide, bits = _wide(x)
     mantissa, exponent = factor.mantissa.astype(wide.dtype), factor.exponent
@@ -271,29 +419,14 @@ def multiply(x: Array, factor: Norm) -> Array:
         mantissa, exponent = mantissa[..., None], exponent[..., None]
     unit, shift = jnp.frexp(mantissa)
     exponent = exponent + shift.astype(jnp.int32)
-    wide, _, lift = _lift_if_tiny(wide, bits, _top(bits, None).reshape(()))
+    if not shrinks:
+        wide, _, lift = _lift_if_tiny(wide, bits, _top(bits, None).reshape(()))
+        exponent = exponent - lift
     limit = 2 * _format(wide.dtype).bias
-    out = _times_power(wide * unit, jnp.clip(exponent - lift, -limit, limit))
+    out = _times_power(wide * unit, jnp.clip(exponent, -limit, limit))
     if jnp.iscomplexobj(x):
         return lax.complex(out[..., 0], out[..., 1]).astype(jnp.asarray(x).dtype)
     return out.astype(jnp.asarray(x).dtype)
-
-
-def assemble(x: Array, exponent: Array) -> Array:
-    """x * 2^exponent of a real float32 or float64 array, subnormal results included.
-
-    A subnormal result is put together as the integer that its bits are, since arithmetic would flush it to zero.
-    """
-    f = _format(x.dtype)
-    mantissa, shift = jnp.frexp(x)
-    exponent = exponent + shift.astype(jnp.int32)  # |mantissa| in [1/2, 1)
-    is_subnormal = (exponent < 2 - f.bias) & jnp.isfinite(x)
-    place = jnp.clip(exponent + f.bias - 1 + f.significand, -2, f.significand + 1)
-    integer = jnp.round(jnp.abs(_times_power(mantissa, place))).astype(f.bits)
-    subnormal = lax.bitcast_convert_type(jnp.where(is_subnormal, integer, 0), x.dtype)
-    limit = 2 * f.bias
-    normal = _times_power(mantissa, jnp.clip(exponent, -limit, limit))
-    return jnp.where(is_subnormal, jnp.copysign(subnormal, x), normal)
 
 
 def normalize(tree: PyTree) -> tuple[PyTree, Array]:

@@ -29,7 +29,7 @@ Number = float | Array
 def limit_to(x: Array, size: Norm, limit: Norm) -> tuple[Array, Array]:
     """(x scaled from norm `size` to `limit` where it is larger and finite, else x itself; where it was scaled)."""
     over = scale.greater(size, limit) & jnp.isfinite(size.mantissa)
-    return jnp.where(over, scale.multiply(x, scale.divide(limit, size)), x), over
+    return jnp.where(over, scale.multiply(x, scale.divide(limit, size), shrinks=True), x), over
 
 
 def _share(over: Array) -> Array:

@@ -28,8 +28,7 @@ from gradjax.transforms.wrapping import (
     count_of,
     first_bad,
     first_bad_of,
-    global_log2_norm,
-    norms_by_leaf,
+    leaf_norms,
     record,
     select,
     start,
@@ -59,8 +58,8 @@ def skip_non_finite(inner: optax.GradientTransformation, repair: bool = False) -
         return start("skip_non_finite", wrapped, params, skipped=count_of())
 
     def update_fn(updates, state, params=None, **extra):
-        norms = norms_by_leaf(updates)
-        bad_gradient = first_bad([~jnp.isfinite(n.mantissa) for n in norms])
+        (norms,), leaf_of = leaf_norms([updates])
+        bad_gradient = first_bad([norms], leaf_of)
         clipped = (bad_gradient >= 0).astype(jnp.float32)
         given = updates
         if repair:
@@ -75,7 +74,7 @@ def skip_non_finite(inner: optax.GradientTransformation, repair: bool = False) -
         memory = Inside(select(taken, inner_state, state.memory.inner_state))
         skipped = state.telemetry["skipped"] + (~taken).astype(jnp.int32)
         clipped = jnp.where(taken, clipped, 1.0)
-        return out, record(state, memory, global_log2_norm(norms), clipped, bad, skipped=skipped)
+        return out, record(state, memory, scale.log2(scale.union(norms)), clipped, bad, skipped=skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
 
@@ -119,8 +118,8 @@ def skip_spikes(
         return start("skip_spikes", wrapped, params, own, skipped=count_of(), limit=jnp.zeros((), dtype))
 
     def update_fn(updates, state, params=None, **extra):
-        norms, own = norms_by_leaf(updates), state.memory.own
-        now = global_log2_norm(norms)
+        ((norms,), leaf_of), own = leaf_norms([updates]), state.memory.own
+        now = scale.log2(scale.union(norms))
         history, count = own["log2_norms"], jnp.minimum(own["seen"], window)
         middle = median(history, count)
         spread = median(jnp.abs(history - jnp.where(count > 0, middle, 0)), count)
@@ -138,7 +137,7 @@ def skip_spikes(
         }
         memory = Inside(select(taken, inner_state, state.memory.inner_state), own)
         skipped = state.telemetry["skipped"] + (~taken).astype(jnp.int32)
-        bad = first_bad([~jnp.isfinite(n.mantissa) for n in norms])
+        bad = first_bad([norms], leaf_of)
         return out, record(state, memory, now, (~taken).astype(jnp.float32), bad, skipped=skipped, limit=limit)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
@@ -177,15 +176,15 @@ def freeze_diverged(
     def update_fn(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("freeze_diverged: it keeps and judges the parameters; call update(grads, state, params).")
-        norms, of_params = norms_by_leaf(updates), norms_by_leaf(params)
+        (norms, of_params), leaf_of = leaf_norms([updates, params])
         out, inner_state = wrapped.update(updates, state.memory.inner_state, params, **extra)
         dtype = jnp.result_type(float)
         value = jnp.asarray(extra.get("value", 0.0)).astype(dtype)
         limit = jnp.log2(jnp.asarray(max_param_norm, jnp.float32))
         of_after = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, out)
-        leaves = [first_bad([~jnp.isfinite(n.mantissa) for n in each]) for each in (norms, of_params)]
+        leaves = [first_bad([each], leaf_of) for each in (norms, of_params)]
         leaves += [first_bad_of(out), first_bad_of(of_after)]
-        too_large = ~(global_log2_norm(of_params).astype(jnp.float32) <= limit)
+        too_large = ~(scale.log2(scale.union(of_params)).astype(jnp.float32) <= limit)
         no_value = ~(jnp.isfinite(value) & (value <= jnp.asarray(max_value, dtype)))
         bad_gradient, bad_params, bad_update, bad_after = (leaf >= 0 for leaf in leaves)
         # in this order: a NaN in the parameters spreads to the loss, from there to the gradient and the update
@@ -200,7 +199,9 @@ def freeze_diverged(
         cause = jnp.where(new, cause, state.telemetry["cause"])
         out = select(fine, out, optax.tree.zeros_like(out))
         clipped = (~fine).astype(jnp.float32)
-        return out, record(state, memory, global_log2_norm(norms), clipped, bad, frozen_at=frozen_at, cause=cause)
+        return out, record(
+            state, memory, scale.log2(scale.union(norms)), clipped, bad, frozen_at=frozen_at, cause=cause
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
 

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from gradjax import scale
 from gradjax.transforms.wrapping import (
     Inside,
     count_of,
-    first_bad,
-    global_log2_norm,
-    norms_by_leaf,
+    first_true,
     record,
     start,
 )
@@ -102,11 +101,11 @@ def restore_moments(inner: optax.GradientTransformation) -> optax.GradientTransf
         values = [restored(*each) for each in zip(new, old, owners, strict=True)]
         result = [jnp.where(b, jnp.zeros_like(u), u) for b, u in zip(bad, steps, strict=True)]
         entries = sum((jnp.sum(b, dtype=jnp.float32) for b in bad), jnp.zeros((), jnp.float32))
-        which = first_bad([jnp.any(b) for b in bad])
+        which = first_true([jnp.any(b) for b in bad])
         telemetry = record(
             state,
             Inside(jax.tree.unflatten(state_structure, values)),
-            global_log2_norm(norms_by_leaf(updates)),
+            scale.log2(scale.norm(updates)),
             entries / max(sum(u.size for u in steps), 1),
             which,
             restored=state.telemetry["restored"] + (which >= 0).astype(jnp.int32),

@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradjax import scale
-from gradjax.transforms.rule import RuleState, Stacked
-from gradjax.transforms.wrapping import Inside, first_bad, norms_by_leaf
+from gradjax.transforms.rule import RuleState, Stacked, stacked_leaves
+from gradjax.transforms.wrapping import Inside, first_bad, leaf_norms
 
 PyTree = Any
 
@@ -44,17 +45,18 @@ def watch(tx: optax.GradientTransformation, stacked: Stacked = None) -> optax.Gr
     fields = ("log2_grad", "log2_update", "log2_param", "log2_ratio")
 
     def measure(updates, out, params):
-        structure = jax.tree.structure(updates)
-        grads, steps, of_params = (norms_by_leaf(tree, stacked) for tree in (updates, out, params))
-        logs = [[scale.log2(n) for n in norms] for norms in (grads, steps, of_params)]
-        # nothing over nothing is no step
-        ratio = [jnp.where(u == -jnp.inf, u, u - p.astype(u.dtype)) for u, p in zip(logs[1], logs[2], strict=True)]
-        seen = {k: jax.tree.unflatten(structure, v) for k, v in zip(fields, [*logs, ratio], strict=True)}
-        bad = [
-            ~jnp.all(jnp.isfinite(g.mantissa) & jnp.isfinite(u.mantissa) & jnp.isfinite(p.mantissa))
-            for g, u, p in zip(grads, steps, of_params, strict=True)
-        ]
-        return seen, first_bad(bad)
+        norms, leaf_of = leaf_norms([updates, out, params], stacked)
+        grad, step, param = (scale.log2(n) for n in norms)
+        ratio = jnp.where(step == -jnp.inf, step, step - param)  # nothing over nothing is no step
+        leaves, structure = jax.tree.flatten(updates)
+        flags = jax.tree.leaves(stacked_leaves(stacked, updates))
+        ends = np.cumsum([0] + [x.shape[0] if flag else 1 for x, flag in zip(leaves, flags, strict=True)])
+
+        def split(flat):
+            parts = [flat[a:b] if flag else flat[a] for a, b, flag in zip(ends, ends[1:], flags, strict=False)]
+            return jax.tree.unflatten(structure, parts)
+
+        return {k: split(v) for k, v in zip(fields, (grad, step, param, ratio), strict=True)}, first_bad(norms, leaf_of)
 
     def init_fn(params):
         seen = jax.eval_shape(lambda: measure(params, params, params)[0])

@@ -1,9 +1,11 @@
 """What the wrappers of a transform share: their state, their telemetry, and which leaf is not finite."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -21,26 +23,30 @@ class Inside(NamedTuple):
     own: PyTree = ()
 
 
-def norms_by_leaf(tree: PyTree, stacked: Stacked = None) -> list[Norm]:
-    """The norm of every leaf, of shape (), or (depth,) for a stacked leaf; in the order of `jax.tree.leaves`."""
-    leaves = jax.tree.leaves(tree)
-    flags = jax.tree.leaves(stacked_leaves(stacked, tree)) if stacked is not None else [False] * len(leaves)
+def leaf_norms(trees: Sequence[PyTree], stacked: Stacked = None) -> tuple[list[Norm], np.ndarray]:
+    """The norms of all leaves (of every layer of a stacked leaf) of trees of one structure, one after the other.
 
-    def one(x, is_stacked):
-        if not is_stacked:
-            return scale.array_norm(x)
-        value = scale.array_norm(x, layer_axes(x, True))
-        return Norm(value.mantissa.reshape(-1), value.exponent.reshape(-1))
+    Returns:
+      a `Norm` of shape (groups,) for every tree, in the order of `jax.tree.leaves`; and the leaf of each group.
+    """
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    flags = jax.tree.leaves(stacked_leaves(stacked, trees[0]))
+    axes = [layer_axes(*each) for each in zip(leaves[0], flags, strict=True)]
+    value = scale.flat_norms([x for tree in leaves for x in tree], axes * len(trees))
+    sizes = [x.shape[0] if flag else 1 for x, flag in zip(leaves[0], flags, strict=True)]
+    cuts = [slice(k * sum(sizes), (k + 1) * sum(sizes)) for k in range(len(trees))]
+    leaf_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    return [Norm(value.mantissa[cut], value.exponent[cut]) for cut in cuts], leaf_of
 
-    return [one(x, flag) for x, flag in zip(leaves, flags, strict=True)]
 
-
-def first_bad(bad: list[Array]) -> Array:
-    """int32 index of the first True of a list of scalars, -1 for none."""
-    if not bad:
-        return jnp.full((), -1, jnp.int32)
-    stack = jnp.stack(bad)
-    return jnp.where(jnp.any(stack), jnp.argmax(stack).astype(jnp.int32), -1)
+def first_bad(norms: Sequence[Norm], leaf_of: np.ndarray) -> Array:
+    """int32 index of the first leaf whose norm is not finite in any of the trees, -1 for none."""
+    bad = jnp.zeros(leaf_of.shape, bool)
+    for norm in norms:
+        bad = bad | ~jnp.isfinite(norm.mantissa)
+    none = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(bad, leaf_of, none), initial=none)
+    return jnp.where(first == none, -1, first).astype(jnp.int32)
 
 
 def record(
@@ -68,14 +74,17 @@ def select(new_if: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(new_if, a, b), new, old)
 
 
-def global_log2_norm(norms: list[Norm]) -> Array:
-    """log2 of the norm of all groups together."""
-    return scale.log2(scale.combine(norms)) if norms else jnp.full((), -jnp.inf, jnp.float32)
-
-
 def first_bad_of(tree: PyTree) -> Array:
     """int32 index of the first leaf with an inf or NaN, -1 for none, without a norm."""
-    return first_bad([~jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
+    return first_true([~jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
+
+
+def first_true(flags: Sequence[Array]) -> Array:
+    """int32 index of the first that holds, -1 for none."""
+    if not flags:
+        return jnp.full((), -1, jnp.int32)
+    stack = jnp.stack(list(flags))
+    return jnp.where(jnp.any(stack), jnp.argmax(stack).astype(jnp.int32), -1)
 
 
 def start(
