@@ -1,14 +1,26 @@
-"""Activation functions by name: elementwise phi, real -> real, as `jax.nn` and `jax.scipy` have them.
+"""Activation functions by name, elementwise phi: real -> real, and their Gaussian moments E f(sqrt(q) z), z ~ N(0, 1).
 
-`ACTIVATIONS` is the one place that knows the names; a new activation is one line.
+`ACTIVATIONS` is the one place that knows the names; a new activation is one line there, and one in `KINKS` where some
+derivative of it jumps. The moments are integrals over the real line, cut where phi is not smooth: Gauss-Legendre on
+each piece, with nodes crowding at the cut on the scale of phi (a sinh substitution). Gauss-Hermite, which sees no
+cut, is 1e-3 off for hard_tanh. In float64 the error is below 1e-12 for q from 1e-4 to 100 and every name here, and
+1e-6 at q = 1e8; activations of polynomial growth are covered, and for one that outgrows the Gaussian, as exp(x^2)
+does, the moment is NaN. Derivatives in q are exact: the cuts move with q and take their part.
+Cost: 96 evaluations per moment without kinks.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+Phi = Callable[[Array], Array]
+
+ACTIVATIONS: dict[str, Phi] = {
     "linear": lambda x: x,
     "tanh": jax.numpy.tanh,
     "hard_tanh": jax.nn.hard_tanh,
@@ -22,3 +34,195 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "softplus": jax.nn.softplus,
 }
+
+# where a derivative of phi jumps
+KINKS: dict[str, tuple[float, ...]] = {
+    "hard_tanh": (-1.0, 1.0),
+    "relu": (0.0,),
+    "leaky_relu": (0.0,),
+    "elu": (0.0,),
+    "selu": (0.0,),
+}
+
+# (left, right) slopes of those with phi(a x) = a phi(x) for a > 0: their moments are powers of q
+SLOPES: dict[str, tuple[float, float]] = {"linear": (1.0, 1.0), "relu": (0.0, 1.0), "leaky_relu": (0.01, 1.0)}
+
+REACH = 8.0  # the line ends at |z| = 8, where x^4 leaves 1e-11 of its moment behind
+_TINY = 1e-30  # keeps sqrt(q) differentiable at q = 0, far below the rounding of every q that is not 0
+
+
+class Activation(NamedTuple):
+    """What the theory needs to know of an activation."""
+
+    phi: Phi
+    kinks: tuple[float, ...]  # ascending, in units of the pre-activation
+    slopes: tuple[float, float] | None  # (left, right) where phi is positively homogeneous
+
+
+def resolve(activation: str | Phi | Activation, kinks: Sequence[float] | None = None) -> Activation:
+    """The `Activation` of a name, or of any elementwise callable with the `kinks` given (default: smooth).
+
+    Raises:
+      ValueError: for an unknown name; the message lists the known ones.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if callable(activation):
+        return Activation(activation, tuple(sorted(float(k) for k in kinks or ())), None)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: got {activation!r}; the names are {', '.join(ACTIVATIONS)}. "
+            f"Any elementwise function serves too, with kinks=(...) where its derivatives jump."
+        )
+    own = KINKS.get(activation, ()) if kinks is None else tuple(sorted(float(k) for k in kinks))
+    return Activation(ACTIVATIONS[activation], own, SLOPES.get(activation))
+
+
+def derivative(phi: Phi) -> Phi:
+    """phi', elementwise."""
+    return lambda x: jax.jvp(phi, (x,), (jnp.ones_like(x),))[1]
+
+
+def arms(cuts: Array, scale: Array, low: float, high: float, nodes: int) -> tuple[Array, Array]:
+    """Nodes and weights of an integral over [low, high]: from each cut one arm to either side, up to half way.
+
+    Args:
+      cuts: (m,) in any order, clipped to [low, high].
+      scale: () the length at a cut on which the integrand may vary.
+      nodes: Gauss-Legendre nodes per arm.
+
+    Returns:
+      Two arrays (2 * m * nodes,), the left arm of the lowest cut first.
+    """
+    points, weights = (jnp.asarray(a, cuts.dtype) for a in np.polynomial.legendre.leggauss(nodes))
+    cuts = jnp.sort(jnp.clip(cuts, low, high))
+    middle = 0.5 * (cuts[1:] + cuts[:-1])
+    ends = [jnp.concatenate([jnp.full((1,), low, cuts.dtype), middle])]
+    ends += [jnp.concatenate([middle, jnp.full((1,), high, cuts.dtype)])]
+    angle = jnp.arcsinh((jnp.stack(ends, axis=1) - cuts[:, None]) / scale)  # (m, 2), signed
+    power = jnp.exp(angle[:, :, None] * (0.5 * (points + 1.0))[None, None, :])
+    z = cuts[:, None, None] + 0.5 * scale * (power - 1.0 / power)
+    w = jnp.abs(angle)[:, :, None] * (0.25 * weights)[None, None, :] * scale * (power + 1.0 / power)
+    return z.ravel(), w.ravel()
+
+
+def root(q: Array) -> Array:
+    """sqrt(q) with a finite derivative at 0."""
+    return jnp.sqrt(q + jnp.asarray(_TINY, q.dtype))
+
+
+def density(z: Array) -> Array:
+    """The density of N(0, 1)."""
+    return jnp.exp(-0.5 * jnp.square(z)) / np.sqrt(2 * np.pi)
+
+
+def gaussian_mean(f: Phi, q: Array, kinks: Sequence[float] = (), nodes: int = 48) -> Array:
+    """E f(sqrt(q) z) over z ~ N(0, 1), for one variance q.
+
+    Args:
+      f: elementwise; between the kinks smooth on the scale 1, at infinity no faster than a polynomial.
+      q: () floating, >= 0.
+      kinks: where f or a derivative of it jumps; traced values may stand here.
+
+    Returns:
+      () in the dtype of q; NaN where the integrand does not vanish at |z| = 8, as for f = exp(x^2) with q > 1/2.
+    """
+    q = jnp.asarray(q)
+    s = root(q)
+    cuts = jnp.stack([jnp.asarray(k, q.dtype) / s for k in (kinks or (0.0,))])
+    z, w = arms(cuts, jnp.minimum(1.0 / s, 1.0), -REACH, REACH, nodes)
+    terms = w * density(z) * f(s * z)
+    edge = jnp.asarray([-REACH, REACH], q.dtype)
+    vanishes = jnp.max(jnp.abs(density(edge) * f(s * edge))) <= 1e-7 * jnp.sum(jnp.abs(terms))
+    return jnp.where(vanishes, jnp.sum(terms), jnp.nan)
+
+
+def second_moment(activation: Activation, q: Array) -> Array:
+    """E phi(sqrt(q) z)^2, which is q (a^2 + b^2)/2 for slopes (a, b)."""
+    if activation.slopes:
+        a, b = activation.slopes
+        return 0.5 * (a * a + b * b) * q
+    return gaussian_mean(lambda x: jnp.square(activation.phi(x)), q, activation.kinks)
+
+
+def slope_moment(activation: Activation, q: Array, k: int = 1) -> Array:
+    """mu_k = E phi'(sqrt(q) z)^(2k) (Pennington et al. 2017, arXiv 1711.04735, eq. 18)."""
+    if activation.slopes:
+        a, b = activation.slopes
+        return jnp.full_like(jnp.asarray(q), 0.5 * (a ** (2 * k) + b ** (2 * k)))
+    slope = derivative(activation.phi)
+    return gaussian_mean(lambda x: slope(x) ** (2 * k), q, activation.kinks)
+
+
+def secant(act: Activation, q: Array, p: Array, nodes: tuple[int, int] = (48, 36)) -> Array:
+    """s(p) = E (phi(u_1) - phi(u_2))^2 / (2 q p) at correlation c = 1 - p, 0 < p <= 1.
+
+    sigma_w^2 s is the slope (1 - c') / (1 - c) of the chord of the correlation map, which has no cancellation as
+    c -> 1 and equals 1 at c* < 1. With x = (u_1 + u_2) / .., y = (u_1 - u_2) / .. as independent normals, cut in x
+    where u_1 or u_2 meets a kink; what is left is smooth in y but where two such cuts cross.
+    """
+    s, a, b = root(q), jnp.sqrt(1.0 - 0.5 * p), jnp.sqrt(0.5 * p)
+    kinks = act.kinks or (0.0,)
+    gaps = [0.0] + [k - other for k in kinks for other in kinks if k > other]
+    k = jnp.asarray(kinks, q.dtype) / s
+    y, wy = arms(jnp.asarray(gaps, q.dtype) / (2 * b * s), jnp.minimum(1 / (b * s), 1.0), 0.0, REACH, nodes[1])
+    y, wy = y[nodes[1] :], wy[nodes[1] :]  # the integrand is even in y, and left of 0 is nothing
+
+    def over_x(y):
+        cuts = jnp.concatenate([(k - b * y) / a, (k + b * y) / a])
+        x, wx = arms(cuts, jnp.minimum(1 / (a * s), 1.0), -REACH, REACH, nodes[0])
+        return jnp.sum(wx * density(x) * jnp.square(act.phi(s * (a * x + b * y)) - act.phi(s * (a * x - b * y))))
+
+    return jnp.sum(wy * density(y) * jax.vmap(over_x)(y)) / (q * p)
+
+
+def _pair(f: Phi, kinks: Sequence[float], q: Array, c: Array, nodes: tuple[int, int] = (48, 36)) -> Array:
+    """E f(u_1) f(u_2) for variance q and correlation c in [-1, 1], by the same cuts as `secant`."""
+    sign, p = jnp.where(c < 0, -1.0, 1.0).astype(c.dtype), 1.0 - jnp.abs(c)
+    s, a, b = root(q), jnp.sqrt(1.0 - 0.5 * p), root(0.5 * p)
+    kinks = tuple(kinks) or (0.0,)
+    k = jnp.asarray(kinks, q.dtype)
+    crossings = jnp.stack([k[i] - sign * k[j] for i in range(len(kinks)) for j in range(len(kinks))])
+    y, wy = arms(crossings / (2 * b * s), jnp.minimum(1 / (b * s), 1.0), -REACH, REACH, nodes[1])
+
+    def over_x(y):
+        cuts = jnp.concatenate([(k / s - b * y) / a, (sign * k / s + b * y) / a])
+        x, wx = arms(cuts, jnp.minimum(1 / (a * s), 1.0), -REACH, REACH, nodes[0])
+        return jnp.sum(wx * density(x) * f(s * (a * x + b * y)) * f(sign * s * (a * x - b * y)))
+
+    return jnp.sum(wy * density(y) * jax.vmap(over_x)(y))
+
+
+def both_positive(c: Array) -> tuple[Array, Array]:
+    """P(z_1, z_2 > 0) and E relu(z_1) relu(z_2) (Cho & Saul 2009, the arc-cosine kernels of order 0 and 1)."""
+    angle = jnp.arccos(jnp.clip(c, -1.0, 1.0))
+    sine = jnp.sqrt(jnp.maximum(1.0 - jnp.square(c), 0.0))
+    return (np.pi - angle) / (2 * np.pi), (sine + c * (np.pi - angle)) / (2 * np.pi)
+
+
+def slope_pair(act: Activation, q: Array, c: Array) -> Array:
+    """E phi'(u_1) phi'(u_2)."""
+    if act.slopes:
+        a, d = act.slopes[0], act.slopes[1] - act.slopes[0]
+        return a * a + a * d + d * d * both_positive(c)[0]
+    return _pair(derivative(act.phi), act.kinks, q, c)
+
+
+def _phi_pair(act: Activation, q: Array, c: Array) -> Array:
+    if act.slopes:
+        a, d = act.slopes[0], act.slopes[1] - act.slopes[0]
+        return q * ((a * a + a * d) * c + d * d * both_positive(c)[1])
+    return _pair(act.phi, act.kinks, q, c)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def phi_pair(act: Activation, q: Array, c: Array) -> Array:
+    """E phi(u_1) phi(u_2), whose derivative in c is q E phi'(u_1) phi'(u_2) (Price), finite at c = 1 too."""
+    return _phi_pair(act, q, c)
+
+
+@phi_pair.defjvp
+def _phi_pair_jvp(act, primals, tangents):
+    (q, c), (dq, dc) = primals, tangents
+    value, along_q = jax.jvp(lambda q: _phi_pair(act, q, c), (q,), (dq,))
+    return value, along_q + q * slope_pair(act, q, c) * dc
