@@ -429,6 +429,23 @@ def multiply(x: Array, factor: Norm, shrinks: bool = False) -> Array:
     return out.astype(jnp.asarray(x).dtype)
 
 
+def assemble(x: Array, exponent: Array) -> Array:
+    """x * 2^exponent of a real float32 or float64 array, subnormal results included.
+
+    A subnormal result is put together as the integer that its bits are, since arithmetic would flush it to zero.
+    """
+    f = _format(x.dtype)
+    mantissa, shift = jnp.frexp(x)
+    exponent = exponent + shift.astype(jnp.int32)  # |mantissa| in [1/2, 1)
+    is_subnormal = (exponent < 2 - f.bias) & jnp.isfinite(x)
+    place = jnp.clip(exponent + f.bias - 1 + f.significand, -2, f.significand + 1)
+    integer = jnp.round(jnp.abs(_times_power(mantissa, place))).astype(f.bits)
+    subnormal = lax.bitcast_convert_type(jnp.where(is_subnormal, integer, 0), x.dtype)
+    limit = 2 * f.bias
+    normal = _times_power(mantissa, jnp.clip(exponent, -limit, limit))
+    return jnp.where(is_subnormal, jnp.copysign(subnormal, x), normal)
+
+
 def normalize(tree: PyTree) -> tuple[PyTree, Array]:
     """(tree * 2^-exponent, exponent) with the largest magnitude in [1/2, 1): exact, dtypes kept.
 
