@@ -8,17 +8,15 @@ Every entry of D is taken to be independent with the law of phi'(sqrt(q*) z), z 
 and for ReLU networks without bias (a sign is independent of |h|), an approximation of order 1/N else. Not covered:
 tied (recurrent) weights, unequal widths in the densities, the 1/N corrections of the densities.
 
-Densities. With w = 1/xi, A = E d^2 / (1 - d^2 w) and B = E 1 / (1 - d^2 w) = 1 + M(xi), d^2 the squared derivative,
-S-transforms multiply to (M the moment transform of J J^T, sigma_w = 1)
+Densities. With w = 1/xi, A = E d^2 / (1 - d^2 w), B = E 1 / (1 - d^2 w) = 1 + M(xi), d^2 the squared derivative and M
+its moment transform, S-transforms multiply to (sigma_w = 1)
 
     lambda = (A / B)^(L-1) / w   (orthogonal),      A^(L-1) B / w   (Gaussian),      density of log lambda = Im B / pi
 
-on the curve in Im w > 0 where lambda is real. On a ray of fixed |w| = r, the argument of 1 / lambda is theta minus a
-Poisson integral of sin(theta) / (x^2 - 2 x r cos(theta) + r^2) over x > 0, whose ratio to theta falls: so the curve
-meets every circle once or not at all (Belinschi and Bercovici, IMRN 2005), lambda is monotone along it, and one
-bisection per radius finds it without choosing a branch. Cost: O(num * atoms * 60).
-
-Everything is a pure JAX function in the caller's dtype (float64 needs x64); what can overflow is a natural logarithm.
+on the curve in Im w > 0 where lambda is real. On the circle |w| = r, arg(1 / lambda) is theta minus an integral of
+sin(theta) / (x^2 - 2 x r cos(theta) + r^2) over x > 0, whose ratio to theta falls: the curve meets each circle once or
+never (Belinschi & Bercovici, IMRN 2005), lambda is monotone along it, and one bisection per radius finds it with no
+branch to choose. Cost O(num * atoms * 60). Pure JAX in the caller's dtype; what can overflow is a natural logarithm.
 """
 
 import functools
@@ -29,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.scipy.special import digamma, erf, gammaln, logsumexp, polygamma, xlog1py, xlogy
 
 from gradjax.activations import ACTIVATIONS
@@ -39,11 +38,11 @@ CLASSES = ("bernoulli", "smooth")
 
 def _check(name: str, value: Any, low: float, high: float = np.inf, *, closed: bool = True) -> Array:
     """`value` as a floating array, refused on the host if it is outside its range; tracers pass."""
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         x = np.asarray(value)
         if not np.all((x >= low if closed else x > low) & (x <= high)):
             raise ValueError(f"random_matrix: {name} = {value}; it must lie in {'[' if closed else '('}{low}, {high}].")
-    x = jnp.asarray(value)
+    x = jnp.asarray(float(value) if isinstance(value, int) else value)  # a Python number follows the other arguments
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
@@ -63,20 +62,13 @@ def _common(*values: Array) -> list[Array]:
 
 
 def newman_exponents(width: int, sigma_w: Any = 1.0) -> Array:
-    """Lyapunov exponents of a product of real Ginibre matrices, descending.
+    """Lyapunov exponents of a product of real Ginibre matrices, variance sigma_w^2 / N, (N,) descending, nats.
 
-        lambda_i = log sigma_w + 1/2 [log(2/N) + psi((N - i + 1)/2)],      i = 1 .. N
-
-    Args:
-        width: N, static.
-        sigma_w: the entries have variance sigma_w^2 / N; positive scalar.
-
-    Returns:
-        (N,) nats per layer.
+        lambda_i = log sigma_w + 1/2 [log(2/N) + psi((N - i + 1)/2)],      i = 1 .. N = width (static)
 
     References:
         Newman, The distribution of Lyapunov exponents: exact results for random matrices (Commun. Math. Phys. 103,
-        1986), eq. 7; real case re-derived: i exponents sum to the log volume growth E log prod chi_{N-j+1}.
+        1986); re-derived: by rotation invariance the i-th diagonal of QR grows by an independent chi_{N-i+1}.
     """
     _check("width", width, 1)
     sigma_w = _check("sigma_w", sigma_w, 0, closed=False)
@@ -105,8 +97,8 @@ def newman_limit(fraction: Any) -> Array:
 def fuss_catalan_log_moment(k: Any, depth: Any) -> Array:
     """Log of m_k = lim E tr (J J^T)^k / N of `depth` Gaussian factors of sigma_w = 1: C(Lk + k, k) / (Lk + 1).
 
-    From M^{-1}(z) = (1 + z)^(L+1) / z by Lagrange inversion (Penson and Zyczkowski, arXiv:1103.3453, eq. 3). An
-    N -> infinity law: at L/N > 0.1 it is visibly wrong, and `log_second_moments` is exact.
+    Derived: M^{-1}(z) = (1 + z)^(L+1) / z and Lagrange inversion (Penson & Zyczkowski, arXiv:1103.3453). N -> infinity:
+    at L/N > 0.1 it is visibly wrong, and `log_second_moments` is exact.
     """
     k, depth = _common(_check("k", k, 0), _check("depth", depth, 0))
     return gammaln((depth + 1) * k + 1) - gammaln(k + 1) - gammaln(depth * k + 1) - jnp.log1p(depth * k)
@@ -121,28 +113,22 @@ def fuss_catalan_log_edge(depth: Any) -> Array:
 def log_second_moments(depth: Any, width: Any, sigma_w: Any = 1.0, keep: Any = 1.0) -> tuple[Array, Array]:
     """Exact second moments at finite width N: logs of E tr (J J^T)^2 / N and of E (tr J J^T)^2 / N^2.
 
-    Gaussian weights, D of independent Bernoulli(keep): 1 is linear, 1/2 is ReLU (He: sigma_w^2 = 2). One layer maps
-    (a, b) by sigma_w^4 {keep^2 (1 - 1/N) I + keep [[2/N, 1], [2/N^2, 1/N]]}, whose second part has rank one, so
+    Gaussian weights, D of independent Bernoulli(keep): 1 is linear, 1/2 ReLU (He: sigma_w^2 = 2). One layer maps (a, b)
+    by sigma_w^4 {keep^2 (1 - 1/N) I + keep [[2/N, 1], [2/N^2, 1/N]]}, whose second part has rank one, so
 
         a = [(N + 2) x^L - (N - 1) y^L] / 3,      b = [(N + 2) x^L + 2 (N - 1) y^L] / (3 N),
         y = sigma_w^4 keep^2 (1 - 1/N),           x = y + 3 sigma_w^4 keep / N,
 
-    x = 1 + 2/N for critical linear, 1 + 5/N for He. Derived: with M = J J^T given, rows w_i of W are independent,
-    E (w_i M w_i)^2 = sigma_w^4 (b + 2 a / N), E (w_i M w_j)^2 = sigma_w^4 a / N. Exact for a ReLU network of one input
-    too, as these are even in every w_i and so independent of its sign. N -> infinity: a = 1 + L / keep at criticality.
-
-    Args:
-        depth: L >= 0; width: N >= 1; sigma_w: positive; keep: in (0, 1]; scalars or arrays of one shape.
+    x = 1 + 2/N for critical linear, 1 + 5/N for He; the mean of tr J J^T / N is (keep sigma_w^2)^L. Derived: with
+    M = J J^T and rows w_i of W, E (w_i M w_i)^2 = sigma_w^4 (b + 2 a / N), E (w_i M w_j)^2 = sigma_w^4 a / N; both are
+    even in w_i, so independent of its unit's sign: exact for a real ReLU network. N -> infinity: a = 1 + L / keep.
 
     Returns:
-        (log a, log b); E tr J J^T / N is (keep sigma_w^2)^L.
+        (log a, log b) for depth >= 0, width >= 1, sigma_w > 0, keep in (0, 1], scalars or arrays of one shape.
     """
-    depth, n, sigma_w, keep = _common(
-        _check("depth", depth, 0),
-        _check("width", width, 1),
-        _check("sigma_w", sigma_w, 0, closed=False),
-        _check("keep", keep, 0, 1, closed=False),
-    )
+    depth, n = _check("depth", depth, 0), _check("width", width, 1)
+    sigma_w, keep = _check("sigma_w", sigma_w, 0, closed=False), _check("keep", keep, 0, 1, closed=False)
+    depth, n, sigma_w, keep = _common(depth, n, sigma_w, keep)
     spread = 3 / (keep * (n - 1))  # x / y - 1; inf at N = 1, where y = 0
     ratio = jnp.exp(-depth * jnp.log1p(spread)) * (n - 1)
     top = depth * (4 * jnp.log(sigma_w) + jnp.log(keep) + jnp.log(keep * (1 - 1 / n) + 3 / n))
@@ -176,11 +162,10 @@ def derivative_law(activation: str | Callable[[Array], Array], q_star: Any = 1.0
 
     Args:
         activation: a name of `gradjax.activations`, or an elementwise function, smooth but for a kink at 0.
-        q_star: variance of the pre-activations, positive scalar; linear and ReLU do not depend on it.
+        q_star: variance of the pre-activations h, positive scalar; linear and ReLU do not depend on it.
 
     Returns:
-        `DerivativeLaw`; hard-tanh: {1, 0} with erf(1 / sqrt(2 q*)); 640 nodes for a smooth phi, E of smooth functions
-        to 1e-13 for q_star up to about 100.
+        `DerivativeLaw`: {1, 0} with erf(1 / sqrt(2 q*)) for hard-tanh; 640 quadrature nodes for a smooth phi.
     """
     q = _check("q_star", q_star, 0, closed=False)
     atoms = {"linear": (1.0, 1.0), "relu": (1.0, 0.0), "leaky_relu": (1.0, 1e-4), "hard_tanh": (1.0, 0.0)}
@@ -204,10 +189,8 @@ def derivative_moment(law: DerivativeLaw, k: int) -> Array:
 def relative_variance(law: DerivativeLaw, depth: Any, weights: str = "gaussian") -> Array:
     """Variance over squared mean of the eigenvalues of J J^T, N -> infinity: L (mu_2 / mu_1^2 - 1 - s_1), ().
 
-    s_1 = -1 for Gaussian weights, 0 for orthogonal. The mean is m_1 = (sigma_w^2 mu_1)^L. ReLU: 2 L and L.
-
-    References:
-        Pennington, Schoenholz, Ganguli, Resurrecting the sigmoid (arXiv:1711.04735), eq. 17-18.
+    s_1 = -1 for Gaussian weights, 0 for orthogonal; the mean is (sigma_w^2 mu_1)^L. ReLU: 2 L and L. Pennington,
+    Schoenholz, Ganguli, Resurrecting the sigmoid in deep learning through dynamical isometry (arXiv:1711.04735).
     """
     _choose("weights", weights, WEIGHTS)
     depth = _check("depth", depth, 0).astype(law.values.dtype)
@@ -222,8 +205,8 @@ def relative_variance(law: DerivativeLaw, depth: Any, weights: str = "gaussian")
 class ProductDensity(NamedTuple):
     """The law of lambda = sigma^2: a curve, ascending in log lambda, one atom, and what is mapped to zero.
 
-    `sum(mass) + atom_mass + zero_mass` is 1, and E f(lambda) is `sum(mass f(exp(log_lambda))) + atom_mass f(...)`:
-    Gauss-Legendre along the curve. The density of log sigma is 2 `density` at `log_lambda / 2`.
+    `sum(mass) + atom_mass + zero_mass` is 1; E f(lambda) is `sum(mass f(exp(log_lambda)))` + atoms, by Gauss-Legendre
+    along the curve. The density of log sigma is 2 `density` at `log_lambda / 2`.
     """
 
     log_lambda: Array  # (num,)
@@ -290,20 +273,18 @@ def product_density(
     """The spectrum of J J^T at finite depth, N -> infinity, for equal layers (the module's docstring has the equation).
 
     Args:
-        law: of the squared derivative; `derivative_law("linear")`, or any atoms of one's own.
+        law: of the squared derivative, `derivative_law(...)` or any atoms of one's own.
         depth: L >= 1; L >= 2 with orthogonal weights (L = 1 is sigma_w^2 `law` itself).
-        sigma_w: positive scalar, in the dtype of `law` or a Python number.
-        weights: "gaussian" or "orthogonal".
-        num: points of the curve, static.
+        sigma_w: positive scalar; weights: "gaussian" or "orthogonal"; num: points of the curve, static.
 
     Returns:
         `ProductDensity`. Orthogonal weights leave an atom of mass max(0, L p - L + 1) at (sigma_w^2 d^2)^L, p the
-        probability of d^2; a d^2 = 0 leaves its own probability at 0. Masses sum to 1 within 1e-10 in float64 (400
-        points), for L up to 1,000; a law of few atoms (leaky ReLU), whose density may have gaps, wants more points.
+        probability of d^2; d^2 = 0 leaves its own probability at 0. The total is 1 to 1e-11 for piecewise linear phi
+        (leaky ReLU, L = 2: 5e-5, its density has a gap); smooth phi at small L has 2e-5 in a tail of lambda -> 0 where
+        the nodes of `law` show one by one. Moments are good to 1e-12.
 
     References:
-        Pennington, Schoenholz, Ganguli, The emergence of spectral universality (arXiv:1802.09979), sec. 3-4;
-        Belinschi, Bercovici, Partially defined semigroups relative to multiplicative free convolution (IMRN 2005).
+        Pennington, Schoenholz, Ganguli, The emergence of spectral universality in deep networks (arXiv:1802.09979).
     """
     _choose("weights", weights, WEIGHTS)
     free = weights == "gaussian"
@@ -317,10 +298,15 @@ def product_density(
     power = lax.complex(depth - 1, 0 * one)
 
     def inverse(u: Array) -> tuple[Array, Array]:
-        share = p_c / (1 - d * jnp.exp(u))
+        w = jnp.exp(u)
+        share = p_c / (1 - d * w)
         a, b = jnp.sum(d * share), jnp.sum(share)
-        # a / b before the logarithm: the arguments of both may lie next to pi
-        return (power * jnp.log(a) + jnp.log(b) if free else power * jnp.log(a / b)) - u, b
+        if free:
+            return power * jnp.log(a) + jnp.log(b) - u, b
+        # beside the pole w = 1 both times 1 - w; and a / b before its logarithm, as both arguments may lie next to pi
+        near = jnp.where(values == top, p_c, share * (1 - w))
+        ratio = jnp.where(jnp.abs(1 - w) < 0.5, jnp.sum(d * near) / jnp.sum(near), a / b)
+        return power * jnp.log(ratio) - u, b
 
     # The first edge lies below the first singularity of the Poisson integral: the pole r = 1, or with orthogonal
     # weights the zero of B that follows it.
@@ -352,16 +338,10 @@ def limit_density(sigma0_squared: Any, universality: str, *, num: int = 400) -> 
         bernoulli: S(z) = exp(-sigma_0^2 z / (1 + z))      hard-tanh: phi' is 0 or 1
         smooth:    S(z) = exp(-sigma_0^2 z)                erf, tanh
 
-    Bernoulli: for sigma_0^2 < 1 an atom of mass 1 - sigma_0^2 at e^{sigma_0^2}; the curve ends at e sigma_0^2 and has
-    a tail of density 1 / log(lambda)^2. Smooth: lambda_max = (1 + 1/z) e^{sigma_0^2 z},
-    z = (sqrt(1 + 4 / sigma_0^2) - 1) / 2. Both re-derived: the limits of (1 + z)^L (z + p)^-L p^L with
-    1/p - 1 = sigma_0^2 / L, and of the cumulant expansion log S = -L (mu_2 / mu_1^2 - 1) z + O(1/L).
-
-    Args:
-        sigma0_squared: positive scalar; universality: "bernoulli" or "smooth"; num: points, static.
-
-    References:
-        Pennington, Schoenholz, Ganguli, The emergence of spectral universality (arXiv:1802.09979), sec. 4.
+    Bernoulli: an atom of mass max(0, 1 - sigma_0^2) at e^{sigma_0^2}; the curve ends at e sigma_0^2 and falls as
+    1 / log(lambda)^2. Smooth: lambda_max = (1 + 1/z) e^{sigma_0^2 z}, z = (sqrt(1 + 4 / sigma_0^2) - 1) / 2. Derived:
+    the limit of [p (1 + z) / (z + p)]^L with 1/p - 1 = sigma_0^2 / L, and log S = -sigma_0^2 z + O(1/L). (Pennington,
+    Schoenholz, Ganguli, arXiv:1802.09979.)
     """
     _choose("universality class", universality, CLASSES)
     s2 = _check("sigma0_squared", sigma0_squared, 0, closed=False)
@@ -398,15 +378,15 @@ def norm_moments(widths: Sequence[int], keep: Any = 0.5) -> NormMoments:
     """The exact law of log ||J u||^2 in a ReLU (keep = 1/2) or linear (keep = 1) network of Gaussian weights.
 
     Layers are independent: ||J_l u||^2 = chi^2_K / (keep n_l), K ~ Bin(n_l, keep) the live units, so given K > 0 the
-    mean is E [psi(K/2) + log 2 - log(keep n)], the variance E psi'(K/2) + Var psi(K/2).
+    mean is E [psi(K/2) + log 2 - log(keep n)], the variance E psi'(K/2) + Var psi(K/2). Derived: a row's sign is
+    independent of its length along u.
 
     Args:
         widths: n_1 .. n_L, the layers' outputs, static integers; keep: in (0, 1], scalar.
 
     References:
-        Hanin, Which neural net architectures give rise to exploding and vanishing gradients (arXiv:1801.03744);
-        Hanin, Nica, Products of many large random matrices and gradients in deep nets (arXiv:1812.05994), thm 1:
-        beta = 5 sum 1/n. The mixture is derived here: by symmetry a row's sign is independent of its length along u.
+        Hanin & Nica, Products of many large random matrices and gradients in deep neural networks (arXiv:1812.05994):
+        beta = 5 sum 1/n; Hanin (arXiv:1801.03744): E ||J u||^4 grows with the same sum.
     """
     _check("widths", widths, 1)
     keep = _check("keep", keep, 0, 1, closed=False)
@@ -434,9 +414,8 @@ def norm_moments(widths: Sequence[int], keep: Any = 0.5) -> NormMoments:
 def ginibre_product_cdf(radius: Any, num_factors: Any) -> Array:
     """P(|z| < radius) for the eigenvalues z of a product of k Gaussian factors, sigma_w = 1, N -> infinity: r^(2/k).
 
-    A product of free circular elements is R-diagonal, so that 1 / r^2 = S(F - 1) = F^-k (Haagerup and Larsen, J. Funct.
-    Anal. 176, 2000, thm 4.4). Saxe, McClelland, Ganguli (arXiv:1312.6120), fig. 6C: a bin of area 0.01 at the origin
-    holds (0.01 / pi)^(1/k), 32% for 5 factors and 94% for 100.
+    Derived: free circular products are R-diagonal, 1 / r^2 = S(F - 1) = F^-k (Haagerup & Larsen 2000, thm 4.4). Saxe et
+    al. (arXiv:1312.6120), fig. 6C: an origin bin of area 0.01 holds (0.01 / pi)^(1/k), 32% of 5 and 94% of 100 factors.
     """
     radius, k = _common(_check("radius", radius, 0), _check("num_factors", num_factors, 1))
     return jnp.minimum(radius, 1) ** (2 / k)
@@ -454,27 +433,23 @@ def saxe_mode(t: Any, s: Any, u0: Any, num_layers: Any = 3, tau: Any = 1.0) -> A
 
         tau du/dt = (N_l - 1) u^{2 - 2/(N_l - 1)} (s - u),      u(0) = u0
 
-    Solved as t(u) in y = log(u / (s - u)), where tau dy/dt = (N_l - 1) s u^{1 - 2/(N_l - 1)} is linear for N_l = 3 and
-    u = s e^{2st/tau} / (e^{2st/tau} - 1 + s/u0): one quadrature, one bisection, no time stepping.
+    In y = log(u / (s - u)), tau dy/dt = (N_l - 1) s u^{1 - 2/(N_l - 1)}, linear for N_l = 3 (one hidden layer), where
+    u = s e^{2st/tau} / (e^{2st/tau} - 1 + s/u0): t(u) is one quadrature, u(t) one bisection, no time stepping.
 
     Args:
-        t: scalar or array of times >= 0, in units of tau; s: the mode's target, u0: its start, 0 < u0 < s, scalars.
-        num_layers: N_l >= 2 layers of units, N_l - 1 weight matrices; 3 is one hidden layer.
-        tau: 1 / learning rate, positive.
+        t: times >= 0, scalar or array; s: target, u0: start, 0 < u0 < s, scalars; num_layers: N_l >= 2 layers of units,
+            N_l - 1 weight matrices; tau: 1 / learning rate, positive.
 
     Returns:
-        u, shape of t; to about 1e-12 of s in float64 for u0 / s above 1e-12.
+        u, the shape of t.
 
     References:
-        Saxe, McClelland, Ganguli, Exact solutions to the nonlinear dynamics of learning (arXiv:1312.6120), eq. 8, 15.
+        Saxe, McClelland, Ganguli, Exact solutions to the nonlinear dynamics of learning (arXiv:1312.6120).
     """
-    t, s, u0, layers, tau = _common(
-        _check("t", t, 0),
-        _check("s", s, 0, closed=False),
-        _check("u0", u0, 0, np.inf if isinstance(s, jax.core.Tracer) else float(s), closed=False),
-        _check("num_layers", num_layers, 2),
-        _check("tau", tau, 0, closed=False),
-    )
+    t, s, layers = _check("t", t, 0), _check("s", s, 0, closed=False), _check("num_layers", num_layers, 2)
+    most = np.inf if isinstance(s, Tracer) else float(s)
+    u0, tau = _check("u0", u0, 0, most, closed=False), _check("tau", tau, 0, closed=False)
+    t, s, u0, layers, tau = _common(t, s, u0, layers, tau)
     gamma = 1 - 2 / (layers - 1)
     y0 = jnp.log(u0) - jnp.log(s - u0)
     full = -jnp.log(jnp.finfo(t.dtype).eps) + 4  # u = s in this dtype
