@@ -523,6 +523,16 @@ def test_watch_names_the_first_leaf_and_step_that_were_not_finite():
     assert seen["0.0.skip_non_finite/skipped"] == 2, "the rules inside are read as well"
 
 
+def test_watch_may_measure_only_some_steps():
+    stream = [jax.tree.map(lambda x, k=k: x * 2.0**k, GRADS) for k in range(5)]
+    every = [run(watching.watch(optax.sgd(0.1), every=3), stream[: n + 1])[1] for n in range(5)]
+    always = [run(watching.watch(optax.sgd(0.1)), stream[: n + 1])[1] for n in range(5)]
+    field = "0.watch/log2_grad/['a']"
+    for n, measured in enumerate((0, 0, 0, 3, 3)):
+        assert telemetry(every[n])[field] == telemetry(always[measured])[field]
+    chex.assert_trees_all_equal(inner(every[4]), inner(always[4]))
+
+
 # -- bad input -----------------------------------------------------------------------------------------
 
 REFUSED = [
@@ -533,6 +543,7 @@ REFUSED = [
     (lambda: guards.freeze_diverged(optax.sgd(1.0), max_value=jnp.nan), r"max_value is nan"),
     (lambda: guards.last_good_params(optax.sgd(1.0).init(PARAMS)), r"holds 0 freeze_diverged; one is needed"),
     (lambda: guards.leaf_name(PARAMS, 7), r"index is 7; the tree has 2 leaves"),
+    (lambda: watching.watch(optax.sgd(1.0), every=0), r"every is 0; an integer in \[1, inf\)"),
     (lambda: projections.weight_clip(-1.0), r"max_delta is -1\.0; a number in \[0, inf\]"),
     (lambda: projections.max_norm(jnp.nan), r"max_norm: limit is nan"),
     (lambda: projections.spectral_norm(0.0), r"limit is 0\.0; a number in \(0, inf\]"),
