@@ -5,6 +5,7 @@ References are float64 NumPy, written from the papers; the grid of magnitudes be
 
 import functools
 import importlib.util
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,32 +29,13 @@ def norm(*arrays):
     return np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in arrays))
 
 
-def by_tree(xs, t, prime):
-    return [(norm(*xs), t)] * len(xs)
-
-
-def by_tree_like_prime(xs, t, prime):
-    return [(norm(*xs), norm(*prime))] * len(xs)
-
-
-def by_leaf(xs, t, prime):
-    return [(norm(x), t) for x in xs]
-
-
-def by_leaf_like_prime(xs, t, prime):
-    return [(norm(x), norm(p)) for x, p in zip(xs, prime, strict=True)]
-
-
-def by_rms(xs, t, prime):
-    return [(norm(x), t * np.sqrt(max(x.size, 1))) for x in xs]
-
-
-def by_entry(xs, t, prime):
-    return [(np.abs(x), t) for x in xs]
-
-
-def by_entry_like_prime(xs, t, prime):
-    return [(np.abs(x), np.abs(p)) for x, p in zip(xs, prime, strict=True)]
+by_tree = lambda xs, t, prime: [(norm(*xs), t)] * len(xs)
+by_tree_like_prime = lambda xs, t, prime: [(norm(*xs), norm(*prime))] * len(xs)
+by_leaf = lambda xs, t, prime: [(norm(x), t) for x in xs]
+by_leaf_like_prime = lambda xs, t, prime: [(norm(x), norm(p)) for x, p in zip(xs, prime, strict=True)]
+by_rms = lambda xs, t, prime: [(norm(x), t * np.sqrt(max(x.size, 1))) for x in xs]
+by_entry = lambda xs, t, prime: [(np.abs(x), t) for x in xs]
+by_entry_like_prime = lambda xs, t, prime: [(np.abs(x), np.abs(p)) for x, p in zip(xs, prime, strict=True)]
 
 
 def by_unit(xs, t, prime):
@@ -147,9 +129,13 @@ def compiled(name):
     return jax.jit(lambda updates, state, t, params: RULES[name].make(t).update(updates, state, params))
 
 
+@functools.cache
+def fresh(name, structure):
+    return RULES[name].make(1.0).init(ones(structure))
+
+
 def primed(name, structure, t):
-    params = ones(structure)
-    state = RULES[name].make(t).init(params)
+    params, state = ones(structure), fresh(name, structure)
     for _ in range(RULES[name].primed):
         _, state = compiled(name)(first_gradient(structure, t), state, jnp.float32(t), params)
     return state
@@ -187,7 +173,7 @@ def check_reference(name, structure, seed, exponents, t):
     updates = draw(structure, seed, exponents)
     out, state = apply(name, updates, structure, t)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, updates)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, RULES[name].make(t).init(ones(structure)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, fresh(name, structure))
     want, below = expected(name, updates, structure, t)
     for i, (x, got) in enumerate(zip(jax.tree.leaves(updates), jax.tree.leaves(out), strict=True)):
         assert_within_ulps(exact(got)[0], want[i], x.dtype, ULPS)
@@ -263,7 +249,7 @@ def test_thresholds_may_be_vmapped_and_scans_do_not_retrace(name):
     out, states = run(thresholds, stacked)
     run(thresholds + 1, stacked)
     for i, t in enumerate(thresholds):
-        state = RULES[name].make(t).init(params)
+        state = fresh(name, "mixed")
         for j, updates in enumerate(steps):
             one, state = compiled(name)(updates, state, t, params)
             chex.assert_trees_all_close(jax.tree.map(lambda x, at=(i, j): x[at], out), one, rtol=1e-6)
@@ -280,9 +266,9 @@ def test_what_is_not_finite_is_passed_on_flagged_and_forgotten(name, value):
     out, state = compiled(name)(updates, before, jnp.float32(1.0), ones("mixed"))
     bounded = name == "clip" and not np.isnan(value)
     np.testing.assert_equal(np.asarray(out["k"][1, 1]), np.float32(np.sign(value) if bounded else value))
-    norms = {k: v for k, v in T.telemetry(state).items() if "log2_norm" in k}
-    assert any(np.isnan(v) if np.isnan(value) else v == np.inf for v in norms.values())
-    if "tree" in getattr(RULES[name].groups, "__name__", ""):
+    norms = [v for k, v in T.telemetry(state).items() if "log2_norm" in k]
+    assert any(np.isnan(v) if np.isnan(value) else v == np.inf for v in norms)
+    if RULES[name].groups in (by_tree, by_tree_like_prime):
         chex.assert_trees_all_equal(out, updates)
         chex.assert_trees_all_equal(state.memory, before.memory)
     assert np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.memory)] or [[0.0]])).all()
@@ -307,7 +293,9 @@ def test_an_empty_tree_is_a_tree(name, tree):
 
 def test_states_survive_a_checkpoint(tmp_path):
     tree = {k: v for k, v in draw("mixed", 1, (0, 25, 0, 0)).items() if v.size}  # Orbax refuses arrays of size zero
-    states = {name: (tx := RULES[name].make(1.0)).update(tree, tx.init(tree), tree)[1] for name in RULES}
+    states = {name: RULES[name].make(1.0).init(tree) for name in RULES}
+    count = itertools.count(1)
+    states = jax.tree.map(lambda x: jnp.full_like(x, next(count)), states)  # no two numbers alike
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "states", states)
         checkpointer.wait_until_finished()
@@ -315,25 +303,25 @@ def test_states_survive_a_checkpoint(tmp_path):
     chex.assert_trees_all_equal(restored, states)
 
 
-NUMBERS = {
-    "autoclip": (T.autoclip, {"percentile": 5.0}),
-    "historical_clip": (T.historical_clip, {"num_sigmas": 2.0, "warmup_steps": 3}),
-    "zclip": (T.zclip, {"alpha": 0.9, "z_thres": 2.0, "warmup_steps": 3}),
-    "adagc": (T.adagc, {"lambda_rel": 1.1, "lambda_abs": 2.0, "beta": 0.9, "warmup_steps": 3}),
-    "spam": (
-        functools.partial(T.spam, optax.sgd(0.1)),
-        {"threshold": 9.0, "reset_every": 3, "warmup_steps": 3, "decay": 0.9, "min_history": 2},
-    ),
-    "prune_gradients": (T.prune_gradients, {"sparsity": 0.3}),
-    "adaptive_grad_clip": (T.adaptive_grad_clip, {"clipping": 0.1, "eps": 1e-3}),
-}
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_may_be_traced(name):
-    make, numbers = NUMBERS[name]
-    params = ones("mixed")
-    run = lambda numbers: make(**numbers).update(params, make(**numbers).init(params), params)
+@pytest.mark.parametrize(
+    ("make", "numbers"),
+    [
+        (T.autoclip, {"percentile": 5.0}),
+        (T.historical_clip, {"num_sigmas": 2.0, "warmup_steps": 3}),
+        (T.zclip, {"alpha": 0.9, "z_thres": 2.0, "warmup_steps": 3}),
+        (T.adagc, {"lambda_rel": 1.1, "lambda_abs": 2.0, "beta": 0.9, "warmup_steps": 3}),
+        (
+            functools.partial(T.spam, optax.sgd(0.1)),
+            {"threshold": 9.0, "reset_every": 3, "warmup_steps": 3, "decay": 0.9},
+        ),
+        (T.prune_gradients, {"sparsity": 0.3}),
+        (T.adaptive_grad_clip, {"clipping": 0.1, "eps": 1e-3}),
+        (T.per_example_clip, {"max_norm": 1.0}),
+    ],
+)
+def test_every_number_may_be_traced(make, numbers):
+    updates = {"a": jnp.ones((2, 3))}
+    run = lambda numbers: make(**numbers).update(updates, make(**numbers).init(updates), updates)
     jax.eval_shape(jax.vmap(run), jax.tree.map(lambda x: jnp.full(2, x), numbers))
 
 
@@ -356,8 +344,9 @@ def test_an_exploding_layer_leaves_the_others_untouched(name):
 
     def changed(stacked):
         tx = STACKED[name](stacked)
-        _, state = tx.update(calm, tx.init(params), params)
-        out, state = tx.update(wild, state, params)
+        update = jax.jit(tx.update)
+        _, state = update(calm, tx.init(params), params)
+        out, state = update(wild, state, params)
         return (out["layers"] != wild["layers"]).any((1, 2)), out["head"], state
 
     layers, head, state = changed(IN_LAYERS)
@@ -373,12 +362,13 @@ def test_an_exploding_layer_leaves_the_others_untouched(name):
 
 def test_layers_are_normalised_and_pruned_one_by_one():
     x = {"layers": jnp.stack([jnp.array([3.0, -4.0]), jnp.array([3e30, 4e30]), jnp.zeros(2)])}
-    out, state = (tx := T.normalize_by_norm(10.0, per_layer=True, stacked=True)).update(x, tx.init(x))
+    apply = lambda tx: jax.jit(tx.update)(x, tx.init(x))
+    out, state = apply(T.normalize_by_norm(10.0, per_layer=True, stacked=True))
     np.testing.assert_allclose(out["layers"], [[6, -8], [6, 8], [0, 0]], rtol=1e-6)
     assert T.telemetry(state)["0.normalize_by_norm/clipped/['layers']"].tolist() == [1, 1, 0]
-    out, _ = (tx := T.prune_gradients(0.5, stacked=True)).update(x, tx.init(x))
+    out, _ = apply(T.prune_gradients(0.5, stacked=True))
     np.testing.assert_array_equal(out["layers"], jnp.array([[0, -4.0], [0, 4e30], [0, 0]]))
-    out, _ = (tx := T.prune_gradients({"layers": 1 / 6}, largest=True)).update(x, tx.init(x))
+    out, _ = apply(T.prune_gradients({"layers": 1 / 6}, largest=True))
     np.testing.assert_array_equal(out["layers"], jnp.array([[3.0, -4.0], [3e30, 0], [0, 0]]))
 
 
@@ -399,13 +389,10 @@ def test_optax_has_the_same_rule_where_it_is_right(name):
     rng = np.random.default_rng(0)
     tree = lambda size: {k: jnp.asarray(rng.standard_normal(s) * size, jnp.float32) for k, s in KERNELS.items()}
     params, (ours, theirs) = tree(1.0), OPTAX[name]
+    both = jax.jit(lambda grads: [tx.update(grads, tx.init(params), params)[0] for tx in (ours, theirs)])
     for size in (1e-8, 0.3, 1.0, 1e8):
-        grads = tree(size)
-        wanted = theirs.update(grads, theirs.init(params), params)[0]
-        chex.assert_trees_all_close(ours.update(grads, ours.init(params), params)[0], wanted, rtol=2e-6)
-    wild = tree(1e20)
-    lost = theirs.update(wild, theirs.init(params), params)[0]
-    kept = ours.update(wild, ours.init(params), params)[0]
+        chex.assert_trees_all_close(*both(tree(size)), rtol=2e-6)
+    kept, lost = both(tree(1e20))
     assert all(np.all(x != 0) for x in jax.tree.leaves(kept))
     if name != "clip":
         assert all(np.all(x == 0) for x in jax.tree.leaves(lost)), "the control: Optax's update is zero"
@@ -425,9 +412,10 @@ def test_examples_are_clipped_one_by_one_and_averaged():
     seen = T.telemetry(state)
     assert seen["0.per_example_clip/clipped"] == np.float32(3 / 5)
     np.testing.assert_allclose(seen["0.per_example_clip/log2_norm"], np.log2(norms.max()), rtol=1e-6)
-    few = [g[:3] for g in jax.tree.leaves(grads)]
-    theirs = [x / 3 for x in optax.per_example_global_norm_clip(few, 0.7)[0]]
-    chex.assert_trees_all_close(jax.tree.leaves(tx.update(dict(enumerate(few)), state)[0]), theirs, rtol=1e-6)
+    tame = jax.tree.leaves(jax.tree.map(lambda g: g[jnp.array([0, 1, 2, 2, 1])], grads))
+    theirs = [x / 5 for x in optax.per_example_global_norm_clip(tame, 0.7)[0]]
+    ours = jax.jit(tx.update)(jax.tree.unflatten(jax.tree.structure(grads), tame), state, params)[0]
+    chex.assert_trees_all_close(jax.tree.leaves(ours), theirs, rtol=1e-6)
     with pytest.raises(ValueError, match="leading axis"):
         tx.update(params, state)
 
@@ -535,10 +523,10 @@ def test_a_leaf_that_was_zero_for_long_is_not_frozen():
     """Its zeros would drive any average of norms to zero, and the threshold with it."""
     zero, one = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
     for tx in (T.autoclip(10.0, 5), T.adagc(warmup_steps=0), T.spam(optax.identity(), min_history=0)):
-        state = tx.init(zero)
+        state, update = tx.init(zero), jax.jit(tx.update)
         for grads in [one] + [zero] * 9:
-            _, state = tx.update(grads, state, zero)
-        np.testing.assert_allclose(tx.update(one, state, zero)[0]["a"], 1.0, rtol=1e-6)
+            _, state = update(grads, state, zero)
+        np.testing.assert_allclose(update(one, state, zero)[0]["a"], 1.0, rtol=1e-6)
 
 
 # -- a training run --------------------------------------------------------------------------------------
@@ -586,8 +574,7 @@ def test_with_ours_it_trains_on(tx):
 def keys(tx, params=None):
     params = {"a": jnp.ones(2), "b": jnp.ones((2, 2))} if params is None else params
     state = tx.init(params)
-    _, state = tx.update(params, state, params)
-    seen = T.telemetry(state)
+    seen = T.telemetry(jax.eval_shape(tx.update, params, state, params)[1])
     rules = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, T.RuleState))
     count = sum(len(jax.tree.leaves(x.telemetry)) for x in rules if isinstance(x, T.RuleState))
     assert len(seen) >= count, "keys are unique"
@@ -635,13 +622,13 @@ def test_telemetry_says_what_was_done():
         (lambda: T.per_example_clip(-2.0), "max_norm is -2.0"),
         (lambda: T.prune_gradients({"a": 0.5, "b": 1.5}), r"sparsity is 1.5; a number in \[0, 1\]"),
         (lambda: T.autoclip(101.0), r"percentile is 101.0; a number in \[0, 100\]"),
-        (lambda: T.autoclip(window=0), r"window is 0; an integer in \[1, inf\)"),
+        (lambda: T.autoclip(window=0), r"window is 0; a number in \[1, inf\]"),
         (lambda: T.historical_clip(-1.0), "num_sigmas is -1.0"),
         (lambda: T.historical_clip(window=-3), "window is -3"),
         (lambda: T.zclip(alpha=1.0), r"alpha is 1.0; a number in \[0, 1\)"),
         (lambda: T.zclip(z_thres=float("nan")), "z_thres is nan"),
         (lambda: T.adagc(beta=1.0), r"beta is 1.0; a number in \[0, 1\)"),
-        (lambda: T.spam(optax.sgd(1.0), reset_every=0), r"reset_every is 0; a number in \[1, inf\]"),
+        (lambda: T.spam(optax.sgd(1.0), reset_every=0), r"reset_every is 0; a number in \[1, "),
     ],
 )
 def test_a_number_out_of_range_is_refused_with_its_range(make, message):
@@ -661,17 +648,13 @@ def test_what_does_not_fit_the_tree_is_refused():
 # -- the grid --------------------------------------------------------------------------------------------
 
 
-def load_grid():
-    path = pathlib.Path(__file__).parents[1] / "benchmarks" / "grid_transforms.py"
-    spec = importlib.util.spec_from_file_location("grid_transforms", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_no_rule_of_ours_fails_silently_on_the_grid():
-    grid = load_grid()
-    rows = grid.grid()
+    path = pathlib.Path(__file__).parents[1] / "benchmarks" / "grid_transforms.py"
+    spec = importlib.util.spec_from_file_location("grid_transforms", path)
+    grid = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grid)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # for Optax's
+        rows = grid.grid()
     assert grid.silent(rows, "ours") == 0
     assert grid.silent([row for row in rows if row["optax"]], "optax") > 150, "the control"

@@ -17,7 +17,6 @@ passed on as it is, flagged by `log2_norm` in the telemetry, and leaves the memo
 rules tell their threshold (`log2_threshold`, inf while there is none). Cost: the norm, and `autoclip` sorts its window.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -52,13 +51,6 @@ def _none(size: Norm) -> Norm:
 def _known(size: Norm) -> Array:
     """Whether a norm may be remembered."""
     return jnp.isfinite(size.mantissa) & (size.mantissa > 0)
-
-
-def _check_count(where: str, value: Any) -> int:
-    count = operator.index(value)
-    if count < 1:
-        raise ValueError(f"{where} is {value}; an integer in [1, inf) is needed.")
-    return count
 
 
 def _check_decay(where: str, value: Any) -> None:
@@ -109,15 +101,15 @@ def autoclip(percentile: Number = 10.0, window: int = 1000) -> optax.GradientTra
     two ranks the percentile is linear in the norms, as `numpy.percentile`, also where a norm overflows float32.
 
     Args:
-      percentile: p in [0, 100], 10 in the paper (section 4). May be traced.
+      percentile: p in [0, 100], 10 in the paper. May be traced.
       window: number of norms remembered; static.
 
     References:
       Seetharaman, Wichern, Pardo, Le Roux 2020, AutoClip: adaptive gradient clipping for source separation networks,
-      arXiv 2007.14469, section 3.
+      arXiv 2007.14469.
     """
     check_number("autoclip: percentile", percentile, 0.0, 100.0)
-    window = _check_count("autoclip: window", window)
+    check_number("autoclip: window", window, 1)
 
     def step(size, memory):
         memory = _remember(size, memory, window)
@@ -151,7 +143,7 @@ def historical_clip(
     """
     check_number("historical_clip: num_sigmas", num_sigmas)
     check_number("historical_clip: warmup_steps", warmup_steps)
-    window = _check_count("historical_clip: window", window)
+    check_number("historical_clip: window", window, 1)
 
     def step(size, memory):
         norms, filled = memory["norms"], jnp.minimum(memory["count"], window)
@@ -189,15 +181,11 @@ def zclip(
       warmup_steps: 25 in the paper. May be traced.
 
     References:
-      Kumar, Owen, Chowdhury, Guera 2025, ZClip: adaptive spike mitigation for LLM pre-training, arXiv 2504.02507,
-      section 3 and algorithm 1.
+      Kumar, Owen, Chowdhury, Guera 2025, ZClip: adaptive spike mitigation for LLM pre-training, arXiv 2504.02507.
     """
     _check_decay("zclip: alpha", alpha)
     check_number("zclip: z_thres", z_thres)
     check_number("zclip: warmup_steps", warmup_steps, 1.0)
-
-    def start(dtype):
-        return {"mean": _zero(dtype), "variance": _zero(dtype), "count": jnp.zeros((), jnp.int32)}
 
     def step(size, memory):
         mean, variance, count = memory["mean"], memory["variance"], memory["count"] + 1
@@ -218,6 +206,7 @@ def zclip(
         after = _where(is_warm, (new_mean, new_variance), (first_mean, first_variance))
         return limit, {"mean": after[0], "variance": after[1], "count": count}
 
+    start = lambda dtype: {"mean": _zero(dtype), "variance": _zero(dtype), "count": jnp.zeros((), jnp.int32)}
     return by_history("zclip", start, step)
 
 
@@ -247,12 +236,10 @@ def adagc(
       stacked: as in `clip_by_layer_norm`.
 
     References:
-      Wang et al. 2025, AdaGC: improving training stability for large language model pretraining, arXiv 2502.11034,
-      section 3 and algorithm 1.
+      Wang et al. 2025, AdaGC: improving training stability for large language model pretraining, arXiv 2502.11034.
     """
-    check_number("adagc: lambda_rel", lambda_rel)
-    check_number("adagc: lambda_abs", lambda_abs)
-    check_number("adagc: warmup_steps", warmup_steps)
+    for name, value in (("lambda_rel", lambda_rel), ("lambda_abs", lambda_abs), ("warmup_steps", warmup_steps)):
+        check_number(f"adagc: {name}", value)
     _check_decay("adagc: beta", beta)
 
     def sizes(tree):
@@ -289,10 +276,8 @@ def adagc(
             told = scale.log2(_where(is_warm, limit, _none(size)))
             return out, new, *(flat(part, flag) for part in (scale.log2(size), over.astype(jnp.float32), told))
 
-        done = [
-            one(*each)
-            for each in zip(leaves, *(c for c in [sizes(updates)[0], memory["gamma"], sizes(updates)[1]]), strict=True)
-        ]
+        norms, flags = sizes(updates)
+        done = [one(*each) for each in zip(leaves, norms, memory["gamma"], flags, strict=True)]
         out, gammas, log2_norm, clipped, told = zip(*done, strict=True) if done else ((),) * 5
         tree = lambda column: jax.tree.unflatten(structure, column)
         memory = {"gamma": list(gammas), "count": memory["count"] + 1}
@@ -330,13 +315,11 @@ def spam(
       min_history: steps before the first clipping, 20 in the authors' code. May be traced.
 
     References:
-      Huang et al. 2025, SPAM: spike-aware Adam with momentum reset for stable LLM training, arXiv 2501.06842,
-      section 3 and algorithm 1.
+      Huang et al. 2025, SPAM: spike-aware Adam with momentum reset for stable LLM training, arXiv 2501.06842.
     """
-    check_number("spam: threshold", threshold)
-    check_number("spam: reset_every", reset_every, 1.0)
-    check_number("spam: warmup_steps", warmup_steps)
-    check_number("spam: min_history", min_history)
+    check_number("spam: reset_every", reset_every, 1, 2**31 - 1)
+    for name, value in (("threshold", threshold), ("warmup_steps", warmup_steps), ("min_history", min_history)):
+        check_number(f"spam: {name}", value)
     _check_decay("spam: decay", decay)
     inner = optax.with_extra_args_support(inner)
     entries = lambda x: scale.normal(scale.array_norm(x, ()))
@@ -351,16 +334,14 @@ def spam(
 
         def one(x, moment):
             size = entries(x)
-            number = lambda value: scale.of_number(
-                jnp.sqrt(jnp.asarray(value, size.mantissa.dtype)), size.mantissa.dtype
-            )
+            dtype = size.mantissa.dtype
+            number = lambda value: scale.of_number(jnp.sqrt(jnp.asarray(value, dtype)), dtype)
             has_moment = (moment.mantissa > 0) & (count >= min_history)
             limit = _where(has_moment, scale.times(moment, number(threshold)), _none(size))
             out, over = limit_to(x, size, limit)
             kept = _where(over, limit, size)
-            new = scale.normal(
-                scale.combine([scale.times(moment, number(decay)), scale.times(kept, number(1 - decay))])
-            )
+            parts = [scale.times(moment, number(decay)), scale.times(kept, number(1 - decay))]
+            new = scale.normal(scale.combine(parts))
             share = jnp.mean(over.astype(jnp.float32)) if x.size else jnp.zeros((), jnp.float32)
             return out, _where(_known(size), new, moment), scale.log2(scale.array_norm(x)), share
 
@@ -372,8 +353,7 @@ def spam(
         start = inner.init(updates if params is None else params)
         result, state = inner.update(tree(out), _where(is_reset, start, memory["inner"]), params)
         turn = jnp.pi * after.astype(jnp.float32) / (jnp.asarray(warmup_steps, jnp.float32) + 1)
-        share = 1 - 0.495 * (1 + jnp.cos(turn))
-        share = jnp.where((count >= reset_every) & (after < warmup_steps), share, 1.0)
+        share = jnp.where((count >= reset_every) & (after < warmup_steps), 1 - 0.495 * (1 + jnp.cos(turn)), 1.0)
         result = jax.tree.map(lambda x: jnp.where(share == 1, x, x * share.astype(x.dtype)), result)
         memory = {"inner": state, "root_moment": list(moments), "count": count + 1}
         extra = {"reset": is_reset.astype(jnp.int32), "warmup": share}

@@ -225,7 +225,7 @@ def normalize_by_norm(
 
     References:
       Hazan, Levy, Shalev-Shwartz 2015, Beyond convexity: stochastic quasi-convex optimization, arXiv 1507.02030,
-      algorithm 1; per layer: Yu et al. 2017, arXiv 1707.04822, eq. 2.
+      algorithm 1; per layer: Yu et al. 2017, Block-normalized gradient method, arXiv 1707.04822.
     """
     check_number("normalize_by_norm: scale_factor", scale_factor)
     if stacked is not None and not per_layer:
@@ -269,7 +269,7 @@ def prune_gradients(
       stacked: as in `clip_by_layer_norm`.
 
     References:
-      Aji, Heafield 2017, Sparse communication for distributed gradient descent, arXiv 1704.05021, section 3 (smallest;
+      Aji, Heafield 2017, Sparse communication for distributed gradient descent, arXiv 1704.05021 (the smallest,
       without their residual).
     """
     jax.tree.map(lambda share: check_number("prune_gradients: sparsity", share, 0.0, 1.0), sparsity)
