@@ -1,6 +1,6 @@
 """What each rule costs: the time of a scanned training step with it, over the same step without, and over Optax's rule.
 
-    python benchmarks/bench_transforms.py [--quick] [--json]
+    python benchmarks/bench_transforms.py [--quick] [--json] [--write]
 
 Models: a 20 x 128 MLP (scanned, so its layers are stacked leaves), LeNet-5 and a two-block transformer, Adam, float32.
 All variants run in one process, interleaved in random order; every ratio is of two times of one round, and the median
@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import time
+from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from gradjax import transforms as gt
 
+HERE = Path(__file__).parent
 GOALS = {
     "watch": ("none", 1.03),
     "watch, every 10": ("none", 1.03),
@@ -229,10 +231,32 @@ def show(model, found, console):
     console.print(table)
 
 
+def write(result, about):
+    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
+    text = ["## Training step with each rule\n", ", ".join(f"{k} {v}" for k, v in about.items()) + ". Ratios of times"]
+    text[-1] += " of one round: median [quartiles]. A load above the number of cores: other work ran beside it.\n"
+    cell = lambda r: f"{r['median']:.3f} [{r['low']:.2f}, {r['high']:.2f}]" if r else ""
+    for model, found in result.items():
+        text += [f"**{model}**\n", "| rule | ms | over none | over Optax's nearest | goal |", "|---|---|---|---|---|"]
+        for row in found:
+            goal, peer = "", f"{cell(row['over_peer'])} {row['peer']}" if row["peer"] else ""
+            if row["goal"]:
+                met = "yes" if row["reached"] else "**no**"
+                goal = f"{row['measured']['median']:.3f} of {row['goal']} over {row['goal_over']}: {met}"
+            text.append(f"| {row['rule']} | {row['ms_per_step']:.2f} | {cell(row['over_none'])} | {peer} | {goal} |")
+        text.append("")
+    file, (begin, end) = HERE / "RESULTS.md", (f"<!-- {x}bench_transforms -->\n" for x in ("", "/"))
+    old = file.read_text() if file.exists() else "# Benchmark results\n"
+    before, _, rest = old.partition(begin)
+    after = rest.partition(end)[2] if rest else ""
+    file.write_text(before.rstrip("\n") + "\n\n" + begin + "\n".join(text) + "\n" + end + after)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the rules with a goal, fewer rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per model")
     parser.add_argument("--model", choices=MODELS, default=None)
     args = parser.parse_args()
@@ -242,9 +266,12 @@ def main():
         result[model] = rows(measure(model, rounds, args.quick, rng), args.quick)
         if not args.json:
             show(model, result[model], console)
+    about = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "rounds": rounds}
+    about |= {"jax": jax.__version__, "optax": optax.__version__}
     if args.json:
-        about = {"jax": jax.__version__, "optax": optax.__version__, "cpus": os.cpu_count(), "rounds": rounds}
         print(json.dumps(about | {"models": result}, indent=1))
+    if args.write:
+        write(result, about)
 
 
 if __name__ == "__main__":
