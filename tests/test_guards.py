@@ -96,6 +96,26 @@ def test_state_and_updates_keep_structure_shape_and_dtype(name, dtype):
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
+ODD = {
+    "nothing": {},
+    "odd": {
+        "scalar": jnp.float32(2.0),
+        "empty": jnp.zeros((0, 2)),
+        "half": jnp.ones((3,), jnp.float16),
+        "complex": jnp.ones((2, 2), jnp.complex64),
+    },
+}
+
+
+@pytest.mark.parametrize("tree", ODD)
+@pytest.mark.parametrize("name", MADE)
+def test_empty_trees_and_leaves_scalars_and_complex_numbers_pass(name, tree):
+    params, tx = ODD[tree], loose(MADE[name]())  # Optax's Adam multiplies complex numbers by real ones
+    out, state = jax.jit(lambda p: tx.update(p, tx.init(p), p, value=1.0))(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_jit_is_eager_and_a_scan_traces_once(name):
     tx = MADE[name]()
