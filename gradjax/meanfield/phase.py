@@ -117,7 +117,8 @@ def _xi_q(act, layernorm, point: Point) -> Array:
 
 def _xi_c(act, point: Point, p: Array) -> Array:
     """-1 / log of the slope of the correlation map at c*; without a limit of lengths c -> 1 is algebraic: inf."""
-    chi = jnp.where(p == 0, _chi_1(act, point), point.keep * point.s2 * slope_pair(act, point.at, 1.0 - p))
+    apart = 1.0 - jnp.where(p == 0, 0.5, p)
+    chi = jnp.where(p == 0, _chi_1(act, point), point.keep * point.s2 * slope_pair(act, point.at, apart, split=True))
     return jnp.where(jnp.isinf(point.q), jnp.inf, _scale(chi))
 
 

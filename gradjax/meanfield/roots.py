@@ -1,7 +1,7 @@
 """Elementwise evaluation over arrays with domain checks, and the bracketed roots that fixed points are."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from gradjax.activations import Phi, resolve
 
-Number = float | Array | np.ndarray
+Number = float | Array | np.ndarray | Sequence[float]
 Name = str | Phi
 
 LARGEST = 1e8  # lengths above this are inf
@@ -59,12 +59,13 @@ def elementwise(scalar: Callable, static: tuple, **numbers: Number) -> Any:
     """scalar(*static, *numbers) over the broadcast numbers, in their dtype, after the domain check."""
     for name, value in numbers.items():
         _check(name, value)
-    dtype = jnp.result_type(*numbers.values())
+    values = [np.asarray(x) if isinstance(x, list | tuple) else x for x in numbers.values()]
+    dtype = jnp.result_type(*values)
     if not jnp.issubdtype(dtype, jnp.floating):
         dtype = jnp.result_type(float)
     elif jnp.finfo(dtype).bits < 32:
         dtype = jnp.float32
-    arrays = [jnp.asarray(x, dtype) for x in numbers.values()]
+    arrays = [jnp.asarray(x, dtype) for x in values]
     shape = np.broadcast_shapes(*(x.shape for x in arrays))
     return _map(scalar, static, tuple(jnp.broadcast_to(x, shape) for x in arrays))
 
