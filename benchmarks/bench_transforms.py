@@ -1,6 +1,6 @@
 """What each rule costs: the time of a scanned training step with it, over the same step without, and over Optax's rule.
 
-    python benchmarks/bench_transforms.py [--quick] [--json] [--write]
+    python benchmarks/bench_transforms.py [--quick | --all] [--json] [--write]
 
 Models: a 20 x 128 MLP (scanned, so its layers are stacked leaves), LeNet-5 and a two-block transformer, Adam, float32.
 All variants run in one process, interleaved in random order; every ratio is of two times of one round, and the median
@@ -255,6 +255,7 @@ def write(result, about):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the rules with a goal, fewer rounds")
+    parser.add_argument("--all", action="store_true", help="every rule on every model (else on the MLP)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per model")
@@ -263,7 +264,8 @@ def main():
     rounds = args.rounds or (15 if args.quick else 11)
     console, rng, result = Console(width=130), np.random.default_rng(0), {}
     for model in [args.model] if args.model else MODELS:
-        result[model] = rows(measure(model, rounds, args.quick, rng), args.quick)
+        quick = args.quick or not (args.all or args.model or model == "MLP 20x128")
+        result[model] = rows(measure(model, rounds, quick, rng), quick)
         if not args.json:
             show(model, result[model], console)
     about = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "rounds": rounds}
