@@ -150,7 +150,7 @@ def second_moment(activation: Activation, q: Array) -> Array:
 
 
 def slope_moment(activation: Activation, q: Array, k: int = 1) -> Array:
-    """mu_k = E phi'(sqrt(q) z)^(2k) (Pennington et al. 2017, arXiv 1711.04735, eq. 18)."""
+    """mu_k = E phi'(sqrt(q) z)^(2k) (Pennington et al. 2017, arXiv 1711.04735)."""
     if activation.slopes:
         a, b = activation.slopes
         return jnp.full_like(jnp.asarray(q), 0.5 * (a ** (2 * k) + b ** (2 * k)))

@@ -29,6 +29,10 @@ from gradjax.activations import (
 SIGMA_B = 0.05**0.5  # Schoenholz 2017
 
 
+quick_pair = jax.jit(phi_pair, static_argnums=0)
+quick_moments = jax.jit(lambda act, q: (second_moment(act, jnp.asarray(q)), slope_moment(act, q)), static_argnums=0)
+
+
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -90,7 +94,7 @@ def test_moments_agree_with_multiprecision(name, record_property):
     phi, slope = MP[name]
     for q in (1e-4, 0.7, 100.0):
         for closed in {act, act._replace(slopes=None)}:
-            got = second_moment(closed, jnp.asarray(q)), slope_moment(closed, jnp.asarray(q))
+            got = quick_moments(closed, q)
             for value, f in zip(got, (phi, slope), strict=True):
                 want = mp_mean(lambda x, f=f: f(x) ** 2, q, KINKS.get(name, ()))
                 worst = max(worst, abs(float(value) / want - 1))
@@ -128,7 +132,7 @@ def test_pair_moments_agree_with_other_quadrature(name, record_property):
     for q, c in ((1.3, 0.6), (1.3, -0.6)):
         want = reference_pair(f, act.kinks, q, c)
         for closed in {act, act._replace(slopes=None)}:
-            got = float(phi_pair(closed, jnp.asarray(q), jnp.asarray(c)))
+            got = float(quick_pair(closed, q, c))
             worst = max(worst, abs(got - want) / float(second_moment(act, jnp.asarray(q))))
     record_property("largest relative error", worst)
     print(f"{name}: largest error of E phi(u_1) phi(u_2) {worst:.1e}")
@@ -174,13 +178,12 @@ def test_pair_moments_of_erf_have_a_closed_form_up_to_q_100():
 
 def test_price_gives_the_derivative_at_the_corner():
     """d/dc E phi phi = q E phi' phi', at c = 1 too, where the derivative of the quadrature's nodes is infinite."""
-    for name in ("hard_tanh", "relu"):
-        f = jax.jit(functools.partial(phi_pair, resolve(name)))
-        df = jax.jit(jax.grad(functools.partial(phi_pair, resolve(name)), (0, 1)))
-        q = 1.5
-        assert df(q, 1.0)[1] == pytest.approx(q * float(slope_moment(resolve(name), jnp.asarray(q))), rel=1e-11)
-        step = (f(q + 1e-5, 0.4) - f(q - 1e-5, 0.4)) / 2e-5
-        assert df(q, 0.4)[0] == pytest.approx(float(step), rel=1e-8)
+    f = jax.jit(functools.partial(phi_pair, resolve("hard_tanh")))
+    df = jax.jit(jax.grad(functools.partial(phi_pair, resolve("hard_tanh")), (0, 1)))
+    q = 1.5
+    assert df(q, 1.0)[1] == pytest.approx(q * float(slope_moment(resolve("hard_tanh"), jnp.asarray(q))), rel=1e-11)
+    step = (f(q + 1e-5, 0.4) - f(q - 1e-5, 0.4)) / 2e-5
+    assert df(q, 0.4)[0] == pytest.approx(float(step), rel=1e-8)
 
 
 def test_derivatives_of_moments_carry_the_moving_kinks():
@@ -211,16 +214,16 @@ def test_formula_6_table():
 
 def test_formula_6_depth_scales_are_rates_of_the_maps():
     """xi_q and xi_c against the maps iterated from nearby, xi_q = -1 / log [chi_1 + sigma_w^2 E phi'' phi]."""
-    for sigma_w in (1.2, 2.0):
-        scales = meanfield.depth_scales(sigma_w, SIGMA_B)
-        q, c = meanfield.q_star(sigma_w, SIGMA_B), meanfield.c_star(sigma_w, SIGMA_B)
-        rate_q = (meanfield.length_map(q + 1e-6, sigma_w, SIGMA_B) - q) / 1e-6
-        rate_c = (meanfield.correlation_map(c - 1e-6, sigma_w, SIGMA_B) - c) / -1e-6
-        assert np.exp(-1 / scales.xi_q) == pytest.approx(float(rate_q), rel=1e-5)
-        assert np.exp(-1 / scales.xi_c) == pytest.approx(float(rate_c), rel=1e-5)
-        bend = lambda x: derivative(derivative(jnp.tanh))(x) * jnp.tanh(x)
-        slope = meanfield.chi_1(sigma_w, SIGMA_B) + sigma_w**2 * gaussian_mean(bend, q)
-        assert -1 / np.log(slope) == pytest.approx(float(scales.xi_q), rel=1e-10)
+    sigma_w = np.sqrt([1.0, 1.7, 4.0])
+    d = meanfield.phase_diagram(sigma_w, SIGMA_B)
+    scales = meanfield.depth_scales(sigma_w, SIGMA_B)
+    np.testing.assert_allclose([scales.xi_q, scales.xi_c], [d.xi_q, d.xi_c], rtol=1e-12)
+    rate_q = (meanfield.length_map(d.q_star + 1e-6, sigma_w, SIGMA_B) - d.q_star) / 1e-6
+    rate_c = (meanfield.correlation_map(d.c_star - 1e-6, sigma_w, SIGMA_B) - d.c_star) / -1e-6
+    np.testing.assert_allclose(np.exp(-1 / d.xi_q), rate_q, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(-1 / d.xi_c), rate_c, rtol=1e-5)
+    bend = jax.jit(jax.vmap(lambda q: gaussian_mean(lambda x: derivative(derivative(jnp.tanh))(x) * jnp.tanh(x), q)))
+    np.testing.assert_allclose(-1 / np.log(d.chi_1 + sigma_w**2 * bend(d.q_star)), d.xi_q, rtol=1e-10)
 
 
 def test_formula_6_curvature():
@@ -232,26 +235,25 @@ def test_formula_6_curvature():
     second, first = meanfield.chi_2(2.5, 0.3), meanfield.chi_1(2.5, 0.3)
     assert second == pytest.approx(want, rel=1e-10)
     assert meanfield.curvature_map(0.5, 2.5, 0.3) == pytest.approx(float(3 * second / first**2 + 0.5 / first))
-    assert np.isinf(meanfield.chi_2(1.0, 0.3, "relu")) and np.isinf(meanfield.chi_2(1.0, 0.3, "selu"))
-    assert np.isfinite(meanfield.chi_2(1.0, 0.3, "elu"))
+    assert np.isinf(meanfield.chi_2(1.0, 0.3, "relu")) and np.isinf(meanfield.chi_2(1.0, 0.3, "leaky_relu"))
 
 
 # --- fixed points --------------------------------------------------------------------------------------------------
 
 
-@given(st.floats(0.3, 4.0), st.floats(0.0, 2.0), st.floats(0.0, 0.5))
-def test_fixed_points_are_fixed(sigma_w, sigma_b, dropout):
-    for name in ("tanh", "selu"):
-        q = meanfield.q_star(sigma_w, sigma_b, name, dropout=dropout)
-        assert not np.isnan(q)
-        if np.isfinite(q):
-            again = meanfield.length_map(q, sigma_w, sigma_b, name, dropout=dropout)
-            assert again == pytest.approx(float(q), rel=1e-12, abs=1e-25)
-        c = meanfield.c_star(sigma_w, sigma_b, name, dropout=dropout)
-        assert 0 <= c <= 1
-        if np.isfinite(q) and q > 0:
-            again = meanfield.correlation_map(c, sigma_w, sigma_b, name, dropout=dropout)
-            assert again == pytest.approx(float(c), abs=1e-11)
+@pytest.mark.parametrize("name", ["tanh", slow("selu")])
+@given(sigma_w=st.floats(0.3, 4.0), sigma_b=st.floats(0.0, 2.0), dropout=st.floats(0.0, 0.5))
+def test_fixed_points_are_fixed(name, sigma_w, sigma_b, dropout):
+    q = meanfield.q_star(sigma_w, sigma_b, name, dropout=dropout)
+    assert not np.isnan(q)
+    if np.isfinite(q):
+        again = meanfield.length_map(q, sigma_w, sigma_b, name, dropout=dropout)
+        assert again == pytest.approx(float(q), rel=1e-12, abs=1e-25)
+    c = meanfield.c_star(sigma_w, sigma_b, name, dropout=dropout)
+    assert 0 <= c <= 1
+    if np.isfinite(q) and q > 0:
+        again = meanfield.correlation_map(c, sigma_w, sigma_b, name, dropout=dropout)
+        assert again == pytest.approx(float(c), abs=1e-10)
 
 
 @pytest.mark.parametrize("name", ["linear", "relu", *(slow(n) for n in ACTIVATIONS if n not in ("linear", "relu"))])
@@ -338,12 +340,12 @@ def test_vmap_jit_and_broadcasting_agree():
 
 def test_dtypes_are_the_callers():
     w = np.array([1.2, 2.0, 3.0])
-    exact = meanfield.c_star(w, 0.3)
+    exact = meanfield.chi_1(w, 0.3)
     with jax.enable_x64(False):
-        rounded = meanfield.c_star(jnp.asarray(w, jnp.float32), 0.3)
+        rounded = meanfield.chi_1(jnp.asarray(w, jnp.float32), 0.3)
         assert rounded.dtype == jnp.float32
         assert jax.eval_shape(meanfield.q_star, jnp.asarray(2.0, jnp.bfloat16)).dtype == jnp.float32
-    np.testing.assert_allclose(rounded, exact, atol=2e-6)
+    np.testing.assert_allclose(rounded, exact, rtol=1e-5)
     assert jax.eval_shape(lambda: meanfield.q_star(2)).dtype == jnp.float64  # whole numbers
 
 
@@ -576,7 +578,9 @@ def log_growths(name, sigma_w, weights, n=48, depth=30, draws=1200):
     return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), draws)))
 
 
-@pytest.mark.parametrize(("name", "weights"), [("relu", "gaussian"), slow("tanh", "gaussian")])
+@pytest.mark.parametrize(
+    ("name", "weights"), [("relu", "gaussian"), slow("tanh", "gaussian"), slow("tanh", "orthogonal")]
+)
 def test_formula_8_log_variance(name, weights):
     """Var log ||J u||^2 = beta within 8% + sampling error; the conditional part alone fails for tanh."""
     sigma_w = 2**0.5 if name == "relu" else 1.5

@@ -67,7 +67,7 @@ def residual(
     Args:
       p, c: E h_0^2 and the correlation of two inputs.
 
-    References: Yang & Schoenholz 2017 (arXiv 1712.08969), theorems 6 to 11.
+    References: Yang & Schoenholz 2017 (arXiv 1712.08969).
     """
     numbers = dict(sigma_w=sigma_w, sigma_b=sigma_b, sigma_v=sigma_v, sigma_a=sigma_a, p=p, c=c)
     return elementwise(_residual, (resolve(activation, kinks), depth), **numbers)
@@ -101,7 +101,7 @@ def batchnorm_growth(batch: Number, activation: str = "relu") -> Array:
       batch: B > 2.
       activation: linear, relu or leaky_relu; the others have no such closed form.
 
-    References: Yang et al. 2019 (arXiv 1902.08129), theorems 3.10 (linear) and F.3 (large B); the rate at finite B
+    References: Yang et al. 2019 (arXiv 1902.08129) for linear nets and for large B; ReLU's rate at finite B
     was derived for this package and agrees with simulation.
     """
     slopes = resolve(activation).slopes
@@ -236,7 +236,7 @@ def gated(cell: str, sigma_w: Number, input_variance: Number = 1.0, bias: Number
     Quadrature is exact but for the LSTM, whose c has the exact second and fourth moments on three points: about 1%.
     Forget-gate bias takes chi to 1 (to 1/2 of the LSTM's two states each). Tied weights deviate where sigma_w is large.
 
-    References: Chen, Pennington & Schoenholz 2018 (arXiv 1806.05394), eqs. 8 to 10; Gilboa et al. 2019
+    References: Chen, Pennington & Schoenholz 2018 (arXiv 1806.05394); Gilboa et al. 2019
     (arXiv 1901.08987). The GRU's and the LSTM's averages in this form were derived for this package.
     """
     if cell not in _CELLS:
@@ -301,7 +301,7 @@ def log_variance(
       widths: of the layers, n_l.
       weights: gaussian or orthogonal (square).
 
-    References: Hanin & Nica 2018 (arXiv 1812.05994), theorem 1; the general rate was derived for this package.
+    References: Hanin & Nica 2018 (arXiv 1812.05994); the general rate was derived for this package.
     """
     rates = {"gaussian": _log_variance_gaussian, "orthogonal": _log_variance_orthogonal}
     if weights not in rates:

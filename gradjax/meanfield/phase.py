@@ -128,7 +128,7 @@ def _length_map(act, layernorm, sigma_w, sigma_b, dropout, q0, q):
 
 
 def length_map(q: Number, sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network) -> Array:
-    """Length of the next layer, q' = sigma_w^2 E phi(sqrt(q) z)^2 / (1 - dropout) + sigma_b^2 (Poole 2016, eq. 3)."""
+    """Length of the next layer, q' = sigma_w^2 E phi(sqrt(q) z)^2 / (1 - dropout) + sigma_b^2 (Poole 2016)."""
     return evaluate(_length_map, sigma_w, sigma_b, activation, {"q": q}, **network)
 
 
@@ -140,7 +140,7 @@ def q_star(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **
     """Limit q* of the length map from q0; inf where there is none, NaN where it was not found.
 
     >>> round(float(q_star(2.0, 0.05**0.5)), 3)
-    2.196
+    2.195
     """
     return evaluate(_q_star, sigma_w, sigma_b, activation, **network)
 
@@ -152,7 +152,7 @@ def _correlation_map(act, layernorm, sigma_w, sigma_b, dropout, q0, c):
 
 
 def correlation_map(c: Number, sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network) -> Array:
-    """Correlation of two inputs one layer on, at the length q*: see the module (Poole 2016, eq. 6)."""
+    """Correlation of two inputs one layer on, at the length q*: see the module (Poole 2016)."""
     return evaluate(_correlation_map, sigma_w, sigma_b, activation, {"c": c}, **network)
 
 
@@ -184,13 +184,13 @@ def chi_1(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **n
     """chi_1 = sigma_w^2 E phi'(sqrt(q*) z)^2: the mean squared singular value of a layer's Jacobian.
 
     Also the slope of the correlation map at c = 1. Divided by the squared length before a LayerNorm, by
-    1 - dropout with dropout (Schoenholz 2017, eq. 5).
+    1 - dropout with dropout (Schoenholz 2017).
     """
     return evaluate(_chi_first, sigma_w, sigma_b, activation, **network)
 
 
 def chi_2(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network) -> Array:
-    """chi_2 = sigma_w^2 E phi''(sqrt(q*) z)^2 (Poole 2016, eq. 11); inf where phi' jumps."""
+    """chi_2 = sigma_w^2 E phi''(sqrt(q*) z)^2 (Poole 2016); inf where phi' jumps."""
     return evaluate(_chi_second, sigma_w, sigma_b, activation, **network)
 
 
@@ -199,10 +199,11 @@ def curvature_map(
 ) -> Array:
     """Squared extrinsic curvature of a curve of inputs one layer on, 3 chi_2 / chi_1^2 + kappa^2 / chi_1.
 
-    References: Poole et al. 2016 (arXiv 1606.05340), eq. 11. A circle of radius r starts from kappa^2 = 1 / r^2.
+    References: Poole et al. 2016 (arXiv 1606.05340). A circle of radius r starts from kappa^2 = 1 / r^2.
     """
     first = chi_1(sigma_w, sigma_b, activation, **network)
-    return 3 * chi_2(sigma_w, sigma_b, activation, **network) / jnp.square(first) + kappa2 / first
+    second = chi_2(sigma_w, sigma_b, activation, **network)
+    return 3 * second / jnp.square(first) + jnp.asarray(kappa2, first.dtype) / first
 
 
 def _depth_scales(act, layernorm, *numbers):
@@ -215,7 +216,7 @@ def depth_scales(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tan
     """Depth scales in layers: lengths exp(-l / xi_q), correlations exp(-l / xi_c), gradients exp(-l / xi_grad).
 
     1/xi_q = -log |dq'/dq| = -log |chi_1 + sigma_w^2 E phi'' phi|, 1/xi_c = -log sigma_w^2 E phi'(u_1) phi'(u_2) at
-    c*, 1/xi_grad = -log chi_1 (Schoenholz et al. 2017, arXiv 1611.01232, eqs. 7, 9, 16).
+    c*, 1/xi_grad = -log chi_1 (Schoenholz et al. 2017, arXiv 1611.01232).
     """
     return evaluate(_depth_scales, sigma_w, sigma_b, activation, **network)
 
@@ -278,7 +279,7 @@ def critical_sigma_w(
     NaN where there is none up to q* = 1e8. ReLU: sqrt(2) for every sigma_b, though q* is finite at sigma_b = 0 alone.
 
     >>> round(float(critical_sigma_w(0.05**0.5)) ** 2, 4)   # Schoenholz 2017
-    1.7609
+    1.761
     """
     static = (resolve(activation, kinks), bool(layernorm))
     return elementwise(_critical, static, sigma_b=sigma_b, dropout=dropout)
@@ -307,7 +308,10 @@ def gradient_correlation(
     it, where branch = sigma_v^2 sigma_w^2 E phi'^2 is the mean squared Jacobian of the branch. So BN-ReLU networks
     (c = 0) have 2^-L, and with skips on normalised inputs, branch_l = 1 / (l + 1), L^(-1/2).
 
-    References: Balduzzi et al. 2017 (arXiv 1702.08591), theorems 1 and 3.
+    References: Balduzzi et al. 2017 (arXiv 1702.08591).
     """
     r = elementwise(_gradient_correlation, (resolve(activation, kinks),), c=c, q=q)
-    return r if branch is None else (1.0 + branch * r) / (1.0 + branch)
+    if branch is None:
+        return r
+    gain = jnp.asarray(branch, r.dtype)
+    return (1.0 + gain * r) / (1.0 + gain)
