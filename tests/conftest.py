@@ -23,3 +23,24 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def key():
     """A typed PRNG key, the same for every test."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def report(record_property):
+    """`report(name, error)`: the figure stands in the summary at the end of the run, through xdist too."""
+    # a plain float: xdist cannot send NumPy's numbers, and dies of them
+    return lambda name, error: record_property(f"error: {name}", float(error))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The errors that the tests measured: the largest of each kind, which is its name up to a colon."""
+    largest = {}
+    for test in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in test.user_properties if test.when == "call" else ():
+            if name.startswith("error: "):
+                kind = name.removeprefix("error: ").split(":")[0]
+                largest[kind] = max(value, largest.get(kind, 0.0))
+    if largest:
+        terminalreporter.section("largest errors")
+    for kind, value in sorted(largest.items()):
+        terminalreporter.write_line(f"{value:10.1e}  {kind}")

@@ -88,7 +88,7 @@ def mp_mean(f, q, kinks):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_moments_agree_with_multiprecision(name, record_property):
+def test_moments_agree_with_multiprecision(name, report):
     """E phi^2 and E phi'^2 from q = 1e-4 to 100, and the quadrature itself where a closed form hides it."""
     act, worst = resolve(name), 0.0
     phi, slope = MP[name]
@@ -98,8 +98,7 @@ def test_moments_agree_with_multiprecision(name, record_property):
             for value, f in zip(got, (phi, slope), strict=True):
                 want = mp_mean(lambda x, f=f: f(x) ** 2, q, KINKS.get(name, ()))
                 worst = max(worst, abs(float(value) / want - 1))
-    record_property("largest relative error", worst)
-    print(f"{name}: largest relative error against mpmath {worst:.1e}")
+    report(f"formula 6, E phi^2 and E phi'^2 against multi-precision: {name}", worst)
     assert worst < 1e-10
 
 
@@ -126,7 +125,7 @@ def reference_pair(f, kinks, q, c):
 
 
 @pytest.mark.parametrize("name", [n for n in ACTIVATIONS if n != "linear"])
-def test_pair_moments_agree_with_other_quadrature(name, record_property):
+def test_pair_moments_agree_with_other_quadrature(name, report):
     act, worst = resolve(name), 0.0
     f = _numpy(name)
     for q, c in ((1.3, 0.6), (1.3, -0.6)):
@@ -134,8 +133,7 @@ def test_pair_moments_agree_with_other_quadrature(name, record_property):
         for closed in {act, act._replace(slopes=None)}:
             got = float(quick_pair(closed, q, c))
             worst = max(worst, abs(got - want) / float(second_moment(act, jnp.asarray(q))))
-    record_property("largest relative error", worst)
-    print(f"{name}: largest error of E phi(u_1) phi(u_2) {worst:.1e}")
+    report(f"formula 6, E phi(u_1) phi(u_2) against other quadrature: {name}", worst)
     assert worst < 1e-10
 
 

@@ -21,15 +21,13 @@ def x64():
 
 
 @pytest.fixture
-def close(record_property, capsys):
-    """Largest relative error (absolute below 1), recorded, printed, and held to a bound."""
+def close(report):
+    """Largest relative error (absolute below 1), reported and held to a bound."""
 
     def check(name, value, expected, tol=1e-10):
         value, expected = np.asarray(value, float), np.asarray(expected, float)
         error = float(np.max(np.abs(value - expected) / np.maximum(1, np.abs(expected))))
-        record_property(name, error)
-        with capsys.disabled():
-            print(f"\n  {name}: largest error {error:.1e}", end="")
+        report(name, error)
         assert error < tol, (name, error)
 
     return check
