@@ -64,6 +64,8 @@ class Model:
     """none, layernorm (Ba 2016) or batchnorm (Ioffe 2015), before the activation."""
     dropout: float | None = _field(None, within="[0, 1)")
     """Rate of dropout after each hidden layer (Srivastava 2014); None: no dropout layer at all."""
+    remat: bool = False
+    """Gradients in O(sqrt(depth)) memory for about one more forward pass (Chen 2016)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,72 @@ class Task:
     """Share kept for the test, where the data have no test set of their own. Static like validation."""
     normalize: str = _field("standard", options="gradjax.tasks:NORMALIZE")
     """standard: mean 0, variance 1 over the training split (mean field's q_0 is 1); none: within [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One chain: guard, clipping, optimiser, regularisation, schedule; see gradjax.optimizers."""
+
+    name: str = _field("adam", options="gradjax.optimizers:OPTIMIZERS")
+    """Optimiser; an unknown name lists them."""
+    learning_rate: float = _field(1e-3, within="[0, 1e18]")
+    """Peak of the schedule. Default: Adam's (Kingma 2015)."""
+    momentum: float | None = _field(None, within="[0, 1)")
+    """Momentum, b1 of Adam's kind; None: the optimiser's own, which is .9 (muon .95)."""
+    b2: float | None = _field(None, within="[0, 1)")
+    """Decay of the squares; None: the optimiser's own (adam .999, lion .99, rmsprop and adadelta .9)."""
+    schedule: str = _field("constant", options="gradjax.optimizers:SCHEDULES")
+    """constant, cosine, exponential, step, plateau or growth_limited; an unknown name lists them."""
+    warmup: float = _field(0.0, within="[0, 1)")
+    """Share of the steps in which the rate rises linearly from 0 (Goyal 2017)."""
+    decay: float = _field(0.1, within="[0, 1]")
+    """Last rate over the peak of cosine and exponential; factor per reduction of step and plateau."""
+    clipping: str = _field("none", options="gradjax.optimizers:CLIPPING")
+    """Rule for the gradient (of L-BFGS for its direction); an unknown name lists them."""
+    max_norm: float = _field(1.0, within="[0, 1e38]")
+    """Threshold of the clipping rule, whatever it calls it. Default: Pascanu 2013's order of magnitude."""
+    guard: str = _field("none", options="gradjax.optimizers:GUARDS")
+    """What is done about non-finite or spiking gradients; an unknown name lists them."""
+    weight_decay: float | None = _field(None, within="[0, 1e18]")
+    """Decoupled decay of the weights, times the rate (Loshchilov 2019); None: none."""
+    l2: float | None = _field(None, within="[0, 1e18]")
+    """Coupled: l2 times the weights is added to the gradient; None: none."""
+    l1: float | None = _field(None, within="[0, 1e18]")
+    """Coupled: l1 times the signs of the weights is added to the gradient; None: none."""
+    weight_clip: float | None = _field(None, within="[0, 1e38]")
+    """Bound on every weight after each step (Arjovsky 2017); None: none."""
+    weight_norm: float | None = _field(None, within="[0, 1e38]")
+    """Bound on the norm of a unit's incoming weights after each step (Srivastava 2014); None: none."""
+    block: str = _field("layer", options=("layer", "coordinate"))
+    """What coordinate descent moves at a time."""
+    order: str = _field("cyclic", options=("cyclic", "random"))
+    """In which order coordinate descent takes its blocks (Nesterov 2012: random)."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, over how many seeds, and what becomes of it."""
+
+    num_steps: int = _field(1000, within="[1, 1000000000]")
+    """Training steps."""
+    num_seeds: int = _field(1, within="[1, 1000000]")
+    """Initialisations, each with its own order of batches, trained side by side."""
+    eval_every: int = _field(100, within="[1, 1000000000]")
+    """Steps of one compiled chunk; after each, validation, signals per layer, and maybe a checkpoint."""
+    target: float = _field(0.9, within="[-1e38, 1]", static=True)
+    """Validation score (accuracy, or R^2 of a regression) at which a seed counts as trained."""
+    stop_at_target: bool = False
+    """Whether a seed rests once its validation score has reached the target."""
+    max_loss: float = _field(1e30, within="[-1e38, 1e38]")
+    """A seed whose loss is above it has diverged. Default: only inf, NaN and what is about to be."""
+    full_batch: bool = False
+    """The whole training split at every step (L-BFGS needs it) instead of batches."""
+    lanes: int = _field(0, within="[0, 1000000]")
+    """Members in one vmap; 0: a rule chooses. Results depend on it in their last bits, so it is recorded."""
+    shard: str = _field("members", options=("members", "batch"))
+    """What is spread over the devices: members, or (data parallel) the batch of every member."""
+    checkpoint_seconds: float = _field(30.0, within="[0, 1e9]", static=True)
+    """Least time between two checkpoints of a block of members; 0: after every chunk."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +174,10 @@ class Experiment:
     """The network."""
     task: Task = Task()
     """The data."""
+    optimizer: Optimizer = Optimizer()
+    """How the parameters are moved."""
+    train: Train = Train()
+    """How long it is trained."""
     diagnose: Diagnose = Diagnose()
     """What is measured."""
 
@@ -122,7 +194,13 @@ class Command:
 
 
 C = TypeVar("C", bound=Command)
-_TABLES: dict[str, type] = {"model": Model, "task": Task, "diagnose": Diagnose}
+_TABLES: dict[str, type] = {
+    "model": Model,
+    "task": Task,
+    "optimizer": Optimizer,
+    "train": Train,
+    "diagnose": Diagnose,
+}
 _FIELDS = {f.name: f for f in dataclasses.fields(Experiment) if f.name not in _TABLES}
 _FIELDS |= {f"{table}.{f.name}": f for table, cls in _TABLES.items() for f in dataclasses.fields(cls)}
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -149,6 +227,11 @@ def check(experiment: Experiment, origins: Mapping[str, str] | None = None) -> N
         problems += [
             f"config: task.batch_size = {task.batch_size} has no variance for model.normalization = "
             f"{norm!r}; allowed: an integer from 2"
+        ]
+    if experiment.optimizer.name == "lbfgs" and not experiment.train.full_batch:
+        problems += [
+            "config: optimizer.name = 'lbfgs' compares gradients of one loss, not of changing batches; "
+            "allowed with train.full_batch = true"
         ]
     _refuse(problems)
 

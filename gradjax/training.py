@@ -1,0 +1,216 @@
+"""Training as two pure functions of one member: `init` and `run_chunk`; vmap makes an ensemble of it.
+
+A member is one seed at one setting of the swept floats. Its whole training is a scan in chunks of `train.eval_every`
+steps; where chunks end changes no bit. What a member is doing is data, never control flow: one that has diverged or
+reached its target stays in the program, at rest, and its neighbours' bits do not depend on it.
+
+    problem = problem_of(experiment, splits)                    # static: what the program is compiled for
+    state = init(key, hparams, problem)                         # hparams: {"optimizer.learning_rate": 0.1, ...}
+    state, record = run_chunk(state, hparams, splits, problem)  # data are arguments, never constants
+
+Integer targets are classes (softmax cross-entropy; the score is accuracy), float targets a regression (squared error;
+the score is R^2 = 1 - residual / variance). Targets may have a time axis: (examples, seq_len).
+
+Does not cover: what is host-level (lanes, devices, checkpoints, progress), which is `gradjax.ablation`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from gradjax import config, optimizers, step, tasks
+from gradjax.config import Experiment
+from gradjax.models import MODELS
+from gradjax.tasks import Split, Splits
+from gradjax.transforms import RuleState, telemetry
+
+PyTree = Any
+HParams = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a program is compiled for: the experiment without its swept floats, and the shapes of the data."""
+
+    experiment: Experiment
+    features: tuple[int, ...]  # shape of one example
+    num_outputs: int
+    batch_axis: str | None = None  # mesh axis over which the batch is spread
+
+
+class State(NamedTuple):
+    """One member in the middle of its training; a checkpoint holds nothing else."""
+
+    variables: PyTree  # params, batch_stats
+    opt_state: PyTree
+    key: Array  # of the member: its network, order of batches, dropout masks
+    count: Array  # int32, steps taken
+    stopped_at: Array  # int32, the step after which the target was reached, -1: not yet or not asked for
+
+
+class Scores(NamedTuple):
+    """Mean loss and score of a split."""
+
+    loss: Array
+    score: Array
+
+
+class Record(NamedTuple):
+    """What a chunk has seen."""
+
+    loss: Array  # (steps,) of the training batches
+    score: Array  # (steps,)
+    log_gradient_norm: Array  # (steps,) natural log of the norm before clipping
+    clipped: Array  # (steps,) the clipping rule's own share, nan without one
+    validation: Scores  # after the chunk
+    signals: step.Signals  # after the chunk, of one training batch: natural logs per link
+
+
+def problem_of(experiment: Experiment, splits: Splits) -> Problem:
+    """The static part of an experiment on its data.
+
+    Raises:
+      ValueError: a batch larger than the training split.
+    """
+    y = splits.train.y
+    classes = jnp.issubdtype(y.dtype, jnp.integer)
+    size, batch = len(y), experiment.task.batch_size
+    if batch > size and not experiment.train.full_batch:
+        raise ValueError(f"training: task.batch_size is {batch}; the training split has {size} examples.")
+    num_outputs = int(y.max()) + 1 if classes else 1
+    return Problem(experiment, splits.train.x.shape[1:], num_outputs)
+
+
+def loss_and_score(logits: Array, y: Array) -> Scores:
+    """Mean loss and score of predictions (..., outputs) for targets (...)."""
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return Scores(loss, jnp.mean((jnp.argmax(logits, -1) == y).astype(jnp.float32)))
+    residual = jnp.mean(jnp.square(logits[..., 0] - y))
+    return Scores(residual, 1 - residual / jnp.maximum(jnp.var(y), jnp.finfo(y.dtype).tiny))
+
+
+def _model(hparams: HParams, problem: Problem) -> tuple[Any, Experiment]:
+    experiment = config.replace(problem.experiment, hparams)
+    return MODELS[experiment.model.name](experiment.model, problem.num_outputs), experiment
+
+
+def _optimizer(experiment: Experiment) -> optax.GradientTransformationExtraArgs:
+    return optimizers.build(experiment.optimizer, experiment.train.num_steps, experiment.train.max_loss)
+
+
+def init(key: Array, hparams: HParams, problem: Problem) -> State:
+    """A member before its first step.
+
+    Args:
+      key: PRNG key of the member.
+      hparams: dotted names of the config's floats -> their values, which may be traced.
+      problem: static.
+    """
+    model, experiment = _model(hparams, problem)
+    params_key, dropout_key = jax.random.split(key)
+    x = jnp.zeros((2, *problem.features), jnp.float32)
+    variables = model.init({"params": params_key, "dropout": dropout_key}, x, train=True)
+    none = jnp.full((), -1, jnp.int32)
+    return State(variables, _optimizer(experiment).init(variables["params"]), key, jnp.zeros((), jnp.int32), none)
+
+
+def _select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def frozen_at(state: State) -> Array:
+    """The step at which the member diverged, -1 if it has not."""
+    return state.opt_state.telemetry["frozen_at"]
+
+
+def divergence(state: State) -> dict[str, Array]:
+    """Step (-1: none), leaf (index, -1: none) and cause (index into `gradjax.transforms.CAUSES`) of the divergence."""
+    seen = state.opt_state.telemetry
+    return {"diverged_at": seen["frozen_at"], "diverged_leaf": seen["first_bad_leaf"], "diverged_cause": seen["cause"]}
+
+
+def _train_step(state: State, model: Any, experiment: Experiment, data: Splits, problem: Problem) -> tuple:
+    tx, train = _optimizer(experiment), data.train
+    key = jax.random.fold_in(state.key, 0)
+    full = experiment.train.full_batch
+    batch = train if full else tasks.batch_at(train, key, state.count, experiment.task.batch_size)
+    if problem.batch_axis:
+        spread = jax.sharding.PartitionSpec(problem.batch_axis)
+        batch = jax.tree.map(lambda x: lax.with_sharding_constraint(x, spread), batch)
+    params, rest = state.variables["params"], {k: v for k, v in state.variables.items() if k != "params"}
+    rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(state.key, 1), state.count)}
+
+    def loss_of(params):
+        logits, changed = model.apply({"params": params, **rest}, batch.x, train=True, rngs=rngs, mutable=list(rest))
+        loss, score = loss_and_score(logits, batch.y)
+        return loss, (score, changed)
+
+    (loss, (score, changed)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    extra = {"grad": grads, "value_fn": lambda p: loss_of(p)[0]} if experiment.optimizer.name == "lbfgs" else {}
+    updates, opt_state = tx.update(grads, state.opt_state, params, value=loss, **extra)
+    new = State(
+        {"params": optax.apply_updates(params, updates), **rest}, opt_state, state.key, state.count + 1, state.stopped_at
+    )
+    if rest:
+        new.variables.update(_select(frozen_at(new) < 0, changed, rest))
+    assert isinstance(opt_state, RuleState)
+    mine = f".{experiment.optimizer.clipping}/clipped"
+    shares = [jnp.ravel(value) for name, value in telemetry(opt_state).items() if mine in name]
+    clipped = jnp.mean(jnp.concatenate(shares)) if shares else jnp.full((), jnp.nan)
+    log_norm = opt_state.telemetry["log2_norm"] * jnp.log(2.0).astype(jnp.float32)
+    return new, (loss, score, log_norm, clipped)
+
+
+def run_chunk(
+    state: State, hparams: HParams, data: Splits, problem: Problem, num_steps: int | None = None
+) -> tuple[State, Record]:
+    """`num_steps` training steps of one member, then its validation and signals.
+
+    A member that was at rest (its target reached) when the chunk began is returned as it came; one that diverges in
+    it takes no step from there on (its loss is recorded at the parameters it has).
+
+    Args:
+      state: as `init` or the chunk before returned it.
+      hparams: as for `init`.
+      data: the splits.
+      problem: static.
+      num_steps: static; default: `train.eval_every`.
+    """
+    model, experiment = _model(hparams, problem)
+    num_steps = experiment.train.eval_every if num_steps is None else num_steps
+
+    def body(carry, _):
+        return _train_step(carry, model, experiment, data, problem)
+
+    new, (loss, score, log_norm, clipped) = lax.scan(body, state, None, length=num_steps)
+    at_rest = state.stopped_at >= 0
+    new = _select_state(at_rest, state, new)
+    validation = evaluate(new, hparams, data.validation, problem)
+    if experiment.train.stop_at_target:
+        reached = (validation.score >= experiment.train.target) & ~at_rest
+        new = new._replace(stopped_at=jnp.where(reached, new.count, new.stopped_at))
+    size = min(experiment.task.batch_size, len(data.train.y))
+    batch = tasks.batch_at(data.train, jax.random.fold_in(new.key, 0), 0, size)
+    links = model.links(new.variables, jax.random.fold_in(new.key, 2))
+    seen = step.signals(links, batch.x, loss=lambda logits: loss_and_score(logits, batch.y).loss)
+    return new, Record(loss, score, log_norm, clipped, validation, seen)
+
+
+def _select_state(condition: Array, new: State, old: State) -> State:
+    key = old.key  # it never changes, and typed keys know no `where`
+    plain = _select(condition, new._replace(key=()), old._replace(key=()))
+    return plain._replace(key=key)
+
+
+def evaluate(state: State, hparams: HParams, split: Split, problem: Problem) -> Scores:
+    """Loss and score on a split in test mode (running statistics, no dropout); nan for an empty split."""
+    if not len(split.y):
+        return Scores(jnp.full((), jnp.nan), jnp.full((), jnp.nan))
+    model, _ = _model(hparams, problem)
+    return loss_and_score(model.apply(state.variables, split.x, train=False), split.y)
