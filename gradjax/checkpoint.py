@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,12 +180,12 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, described["meta"]
 
 
-def restore(folder: str | Path, like: PyTree) -> Restored | None:
+def restore(folder: str | Path, like: PyTree | Callable[[int], PyTree]) -> Restored | None:
     """The newest checkpoint whose every byte is as it was written; None where there is none.
 
     Args:
       folder: as given to `Writer`.
-      like: a tree of arrays or `jax.ShapeDtypeStruct`s of the structure to restore.
+      like: a tree of arrays or `jax.ShapeDtypeStruct`s of the structure to restore, or a function of the step to one.
 
     Raises:
       ValueError: the newest good checkpoint is of another structure; the message says at which leaf.
@@ -198,7 +198,7 @@ def restore(folder: str | Path, like: PyTree) -> Restored | None:
         except ValueError as error:
             warnings.warn(f"checkpoint: {path} is damaged and is passed over: {error}.", stacklevel=2)
             continue
-        return Restored(step, _fill(like, arrays, path), meta)
+        return Restored(step, _fill(like(step) if callable(like) else like, arrays, path), meta)
     return None
 
 

@@ -311,9 +311,9 @@ def flatten(experiment: Experiment) -> dict[str, Any]:
     return {key: functools.reduce(getattr, key.split("."), experiment) for key in _FIELDS}
 
 
-def float_leaves(experiment: Experiment) -> dict[str, float]:
-    """The dotted floats that a sweep may trace; those that are None or static are left out."""
-    return {key: v for key, v in flatten(experiment).items() if v is not None and _traceable(_FIELDS[key])}
+def sweepable() -> list[str]:
+    """The dotted names of every float that is not static, those included that are None by default."""
+    return [key for key, field in _FIELDS.items() if _traceable(field)]
 
 
 def _traceable(field: dataclasses.Field) -> bool:
@@ -404,7 +404,32 @@ def load(path: str | Path, args: Sequence[str] = ()) -> Experiment:
     """
     flags, words = _flags(args, {})
     _refuse(f"config: unexpected argument {_show(word)}; needed: --key value" for word in words)
-    return _checked(_dotted(_read(str(path)), f" in {path}"), flags)
+    return _checked(_dotted(_without_sweep(str(path)), f" in {path}"), flags)
+
+
+def loads(text: str) -> Experiment:
+    """The experiment of TOML text, as `to_toml` writes it; as strict as `load`."""
+    return _checked(_dotted({k: v for k, v in tomllib.loads(text).items() if k != "sweep"}, ""))
+
+
+def sweep_tables(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`[sweep.vmap]` and `[sweep.static]` of a TOML file as they stand there, for `gradjax.grid`; empty if absent.
+
+    Raises: `ConfigError` for any other key of `[sweep]`.
+    """
+    table = _read(str(path)).get("sweep", {})
+    if not isinstance(table, Mapping) or not all(isinstance(table[key], Mapping) for key in table):
+        raise ConfigError(f"config: sweep in {path} has to hold tables; allowed: [sweep.vmap], [sweep.static]")
+    for key in table:
+        if key not in ("vmap", "static"):
+            near = nearest(key, {"vmap": "vmap", "static": "static"})
+            raise ConfigError(f"config: unknown table [sweep.{key}] in {path}{near}; allowed: vmap, static")
+    return dict(table.get("vmap", {})), dict(table.get("static", {}))
+
+
+def _without_sweep(path: str) -> dict[str, Any]:
+    """What the file says of the one experiment that a sweep varies."""
+    return {key: value for key, value in _read(path).items() if key != "sweep"}
 
 
 def parse(args: Sequence[str], command: type[C] = Command) -> tuple[Experiment, C]:
@@ -419,7 +444,7 @@ def parse(args: Sequence[str], command: type[C] = Command) -> tuple[Experiment, 
     mine = {name: flags.pop(name) for name in own if name in flags}
     _refuse(_problem(name, own[name], *given) for name, given in mine.items())
     options = command(**dict(zip(needed, words, strict=True)), **{k: value for k, (value, _) in mine.items()})
-    return _checked(_dotted(_read(options.config), f" in {options.config}"), flags), options
+    return _checked(_dotted(_without_sweep(options.config), f" in {options.config}"), flags), options
 
 
 def _flags(args: Sequence[str], own: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, str]], list[str]]:

@@ -71,6 +71,15 @@ def save(ds: xr.Dataset, path: str | Path) -> Path:
     return path
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a small file through a temporary one and a rename: it is there whole, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    return path
+
+
 def load(path: str | Path) -> xr.Dataset:
     """Read a dataset into memory; a damaged chunk raises OSError."""
     with xr.open_dataset(path, engine="h5netcdf") as ds:

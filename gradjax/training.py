@@ -27,7 +27,7 @@ from gradjax import config, optimizers, step, tasks
 from gradjax.config import Experiment
 from gradjax.models import MODELS
 from gradjax.tasks import Split, Splits
-from gradjax.transforms import RuleState, telemetry
+from gradjax.transforms import RuleState, last_good_params, telemetry
 
 PyTree = Any
 HParams = Mapping[str, Array]
@@ -40,7 +40,7 @@ class Problem:
     experiment: Experiment
     features: tuple[int, ...]  # shape of one example
     num_outputs: int
-    batch_axis: str | None = None  # mesh axis over which the batch is spread
+    batch_sharding: jax.sharding.NamedSharding | None = None  # of the batch, where it is spread over devices
 
 
 class State(NamedTuple):
@@ -69,6 +69,7 @@ class Record(NamedTuple):
     clipped: Array  # (steps,) the clipping rule's own share, nan without one
     validation: Scores  # after the chunk
     signals: step.Signals  # after the chunk, of one training batch: natural logs per link
+    frozen: Array  # () whether the member has diverged so far
 
 
 def problem_of(experiment: Experiment, splits: Splits) -> Problem:
@@ -140,9 +141,8 @@ def _train_step(state: State, model: Any, experiment: Experiment, data: Splits, 
     key = jax.random.fold_in(state.key, 0)
     full = experiment.train.full_batch
     batch = train if full else tasks.batch_at(train, key, state.count, experiment.task.batch_size)
-    if problem.batch_axis:
-        spread = jax.sharding.PartitionSpec(problem.batch_axis)
-        batch = jax.tree.map(lambda x: lax.with_sharding_constraint(x, spread), batch)
+    if problem.batch_sharding is not None:
+        batch = lax.with_sharding_constraint(batch, problem.batch_sharding)
     params, rest = state.variables["params"], {k: v for k, v in state.variables.items() if k != "params"}
     rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(state.key, 1), state.count)}
 
@@ -154,12 +154,11 @@ def _train_step(state: State, model: Any, experiment: Experiment, data: Splits, 
     (loss, (score, changed)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     extra = {"grad": grads, "value_fn": lambda p: loss_of(p)[0]} if experiment.optimizer.name == "lbfgs" else {}
     updates, opt_state = tx.update(grads, state.opt_state, params, value=loss, **extra)
-    new = State(
-        {"params": optax.apply_updates(params, updates), **rest}, opt_state, state.key, state.count + 1, state.stopped_at
-    )
-    if rest:
-        new.variables.update(_select(frozen_at(new) < 0, changed, rest))
     assert isinstance(opt_state, RuleState)
+    fine = opt_state.telemetry["frozen_at"] < 0  # else back to the last good parameters
+    moved = _select(fine, optax.apply_updates(params, updates), last_good_params(opt_state))
+    variables = {"params": moved, **_select(fine, dict(changed), rest)}
+    new = State(variables, opt_state, state.key, state.count + 1, state.stopped_at)
     mine = f".{experiment.optimizer.clipping}/clipped"
     shares = [jnp.ravel(value) for name, value in telemetry(opt_state).items() if mine in name]
     clipped = jnp.mean(jnp.concatenate(shares)) if shares else jnp.full((), jnp.nan)
@@ -199,7 +198,7 @@ def run_chunk(
     batch = tasks.batch_at(data.train, jax.random.fold_in(new.key, 0), 0, size)
     links = model.links(new.variables, jax.random.fold_in(new.key, 2))
     seen = step.signals(links, batch.x, loss=lambda logits: loss_and_score(logits, batch.y).loss)
-    return new, Record(loss, score, log_norm, clipped, validation, seen)
+    return new, Record(loss, score, log_norm, clipped, validation, seen, frozen_at(new) >= 0)
 
 
 def _select_state(condition: Array, new: State, old: State) -> State:

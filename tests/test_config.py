@@ -298,7 +298,7 @@ def test_check_judges_types_of_an_experiment_built_by_hand():
 def test_replace_takes_tracers_for_floats_and_only_for_those():
     def both(sigma_w):
         experiment = config.replace(Experiment(), {"model.sigma_w": sigma_w, "model.dropout": sigma_w})
-        assert config.float_leaves(experiment)["model.sigma_w"] is sigma_w
+        assert experiment.model.sigma_w is sigma_w
         return experiment.model.sigma_w * experiment.model.dropout
 
     values = jnp.arange(3.0)
@@ -316,10 +316,10 @@ def test_replace_converts_and_refuses():
     assert "not a table" in refusal(config.replace, experiment, {"model": Model()})
 
 
-def test_float_leaves_are_the_traceable_floats():
-    keys = ["model.sigma_w", "model.sigma_b", "model.residual_scale"]
-    assert list(config.float_leaves(Experiment())) == keys
-    assert list(config.float_leaves(Experiment(model=Model(dropout=0.0)))) == [*keys, "model.dropout"]
+def test_what_a_sweep_may_trace_are_the_floats_that_are_not_static():
+    names = config.sweepable()
+    assert {"model.sigma_w", "model.dropout", "optimizer.learning_rate", "optimizer.weight_decay"} <= set(names)
+    assert not {"model.depth", "model.residual", "task.validation", "train.target", "optimizer.name"} & set(names)
 
 
 def test_frozen_and_hashable():

@@ -1,0 +1,543 @@
+"""`sweep`: one compiled program trains every seed at every setting -> one labelled dataset.
+
+The members of a program (settings x seeds) are cut into blocks of `lanes` members, which one vmap trains; the devices
+take a block each, and rounds follow one another until all blocks are done. What a block computes does not depend on
+the others, on the number of devices, or on the process that runs it: its program is the same everywhere, so results
+are equal bit for bit at the same lane width (which is recorded). With `train.shard = "batch"` it is the batch that is
+spread over the devices instead, and a round is one block.
+
+With a folder, a finished block is a file in `shards/` and an unfinished one a checkpoint in `checkpoints/`: what is
+killed at any moment goes on from there, in another number of processes too. Processes of a cluster (`jax.distributed`)
+share the blocks out and talk to each other only at the start and at the end.
+
+Cost: one compilation per static setting, and one more where `train.eval_every` does not divide `train.num_steps`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gradjax import checkpoint, config, grid, results, tasks, training
+from gradjax.config import ConfigError, Experiment
+from gradjax.tasks import Splits
+from gradjax.training import Problem, Record, State
+from gradjax.transforms import CAUSES, leaf_name
+
+PyTree = Any
+MEMBERS, BATCH = "members", "batch"
+# Multiply-adds of one layer's product that keep a CPU core busy: below it lanes share the cost of starting an operation.
+CPU_WORK = 8_000_000
+MAX_CPU_LANES = 32
+MEMORY_SHARE = 0.8  # of what is free
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the members of one program are laid out."""
+
+    members: int
+    lanes: int  # members in one vmap
+    devices: int  # blocks at a time
+    memory: int  # bytes predicted by the compiled program's own analysis, all devices together
+    notes: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the program."""
+        return math.ceil(self.members / self.lanes)
+
+    def __str__(self) -> str:
+        rounds = math.ceil(self.blocks / self.devices)
+        text = f"{self.members} members = {self.lanes} lanes x {self.devices} devices x {rounds} rounds"
+        return "; ".join([f"{text}, {self.memory / 2**20:,.0f} MiB predicted", *self.notes])
+
+
+class Progress(NamedTuple):
+    """What the caller's `progress` is given between chunks."""
+
+    message: str  # a line to print, or ""
+    done: float = 0.0  # member-steps so far, of `total`
+    total: float = 1.0
+    steps_per_second: float = 0.0  # member-steps
+    loss: float = math.nan  # median over the members at work
+    diverged: int = 0  # so far
+
+
+def rule_for_lanes(experiment: Experiment, members: int) -> int:
+    """Members in one vmap: a device's share of all on an accelerator; on a CPU as many as make an operation worth starting.
+
+    Measured on two cores (seeds x steps per second over PyTorch's): 784-256-10 is fastest at 1 lane, 20 x 128 at 4.
+    """
+    share = math.ceil(members / jax.local_device_count()) if experiment.train.shard == MEMBERS else members
+    if jax.default_backend() != "cpu":
+        return share
+    work = experiment.task.batch_size * experiment.model.width**2
+    return max(1, min(share, MAX_CPU_LANES, CPU_WORK // work))
+
+
+def free_memory() -> int:
+    """Bytes that a program may still take on the devices of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return (stats["bytes_limit"] - stats["bytes_in_use"]) * jax.local_device_count()
+    with contextlib.suppress(OSError):  # Linux: what programs may take, page cache included
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- one program -----------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+    """The functions of one static setting, on arrays with leading axes (blocks at a time, lanes)."""
+
+    start: Callable  # (keys, hparams) -> State
+    chunk: Callable  # (State, hparams, data) -> (State, Record)
+    tail: Callable | None  # the last, shorter chunk
+    test: Callable  # (State, hparams, data) -> Scores
+    like: tuple[State, Record]  # shapes of one block: its state, and the record of one chunk
+    place: Callable  # arrays of the host -> arrays on the devices
+    data: Splits  # on the devices
+    memory: int
+
+
+def _program(problem: Problem, names: list[str], data: Splits, lanes: int, devices: list) -> Program:
+    """Trace and compile a program for blocks of `lanes` members on `devices`."""
+    train = problem.experiment.train
+    by_member = train.shard == MEMBERS
+    mesh = Mesh(np.array(devices), (train.shard,))
+    spec = PartitionSpec(MEMBERS) if by_member else PartitionSpec()
+    sharding, everywhere = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec())
+    if not by_member:
+        problem = dataclasses.replace(problem, batch_sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
+    blocks = len(devices) if by_member else 1
+
+    def over(f: Callable, *shared: Any, donate: tuple[int, ...] = ()) -> Callable:
+        inner = jax.vmap(f, in_axes=(0, 0, *[None] * len(shared)))
+
+        def outer(first, second, *shared):
+            here = jax.tree.map(lambda x: x[0], (first, second))
+            return jax.tree.map(lambda x: x[None], inner(*here, *shared))
+
+        if by_member:
+            everyone = [PartitionSpec()] * len(shared)
+            outer = jax.shard_map(outer, mesh=mesh, in_specs=(spec, spec, *everyone), out_specs=spec, check_vma=False)
+        return jax.jit(outer, donate_argnums=donate, out_shardings=sharding)
+
+    def chunk(num_steps: int) -> Callable:
+        run = over(lambda s, h, d: training.run_chunk(s, h, d, problem, num_steps), data, donate=(0,))
+        return run.lower(state, hparams, data).compile()
+
+    described = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+    data = jax.tree.map(lambda x: jax.device_put(x, everywhere), data)
+    start = over(lambda k, h: training.init(k, h, problem))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (blocks, lanes)))
+    hparams = described({name: jax.ShapeDtypeStruct((blocks, lanes), jnp.float32) for name in names})
+    state = described(jax.eval_shape(start, keys, hparams))
+    first, last = min(train.eval_every, train.num_steps), train.num_steps % train.eval_every
+    compiled = chunk(first)
+    tail = chunk(last) if last and first < train.num_steps else None
+    sizes = compiled.memory_analysis()
+    memory = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    memory -= sizes.alias_size_in_bytes
+    test = over(lambda s, h, d: training.evaluate(s, h, d.test, problem), data)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (state, compiled.out_info[1]))
+    return Program(start, compiled, tail, test, like, place, data, memory * len(devices))
+
+
+def _fit(problem: Problem, names: list[str], data: Splits, members: int) -> tuple[Program, Plan]:
+    """The program with the rule's lanes, halved until it fits into memory."""
+    train, notes = problem.experiment.train, ()
+    by_member = train.shard == MEMBERS
+    lanes = asked = min(train.lanes or rule_for_lanes(problem.experiment, members), members)
+    while True:
+        devices = jax.local_devices()[: math.ceil(members / lanes)] if by_member else jax.devices()
+        program = _program(problem, names, data, lanes, devices)
+        if program.memory <= MEMORY_SHARE * free_memory() or lanes == 1:
+            return program, Plan(members, lanes, len(devices) if by_member else 1, program.memory, notes)
+        lanes //= 2
+        notes = (f"lanes halved from {asked} to {lanes}: {program.memory / 2**20:,.0f} MiB would not fit",)
+
+
+# -- blocks ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Block:
+    """A block at work: its place among the members, its state (None: not begun) and what it has recorded."""
+
+    index: int
+    step: int = 0
+    state: Any = None
+    record: Any = None  # a Record of NumPy arrays (lanes, steps ...)
+
+
+def _join(record: Record | None, new: Record) -> Record:
+    """Appends a chunk along the axis of steps, or of evaluations."""
+    ends = lambda tree: jax.tree.map(lambda x: x[:, None], tree)
+    new = new._replace(validation=ends(new.validation), signals=ends(new.signals))
+    if record is None:
+        return new
+    joined = jax.tree.map(lambda a, b: np.concatenate([a, b], 1), record._replace(frozen=()), new._replace(frozen=()))
+    return joined._replace(frozen=new.frozen)
+
+
+def _take(tree: PyTree, i: int) -> PyTree:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _stack(trees: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+@dataclass
+class _Cell:
+    """One static setting: its program and members, and where its blocks are kept."""
+
+    number: int
+    program: Program
+    plan: Plan
+    experiment: Experiment
+    keys: jax.Array  # (members,)
+    hparams: dict[str, np.ndarray]  # (members,)
+    folder: Path | None
+    keep_states: bool
+
+    def path(self, kind: str, block: int) -> Path | None:
+        """Where a block's shard or its checkpoints are."""
+        suffix = ".nc" if kind == "shards" else ""
+        return self.folder and self.folder / kind / f"{self.number:03d}-{block:05d}{suffix}"
+
+    def members_of(self, block: int) -> np.ndarray:
+        """The member of each lane; the last block repeats the last member."""
+        lanes = self.plan.lanes
+        return np.minimum(np.arange(block * lanes, (block + 1) * lanes), self.plan.members - 1)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        values = {name: sorted({float(x) for x in column}) for name, column in self.hparams.items()}
+        return {"config": config.to_dict(self.experiment), "lanes": self.plan.lanes, "values": values}
+
+    def finished(self, block: int) -> xr.Dataset | None:
+        """The block's results if they are on disk and intact."""
+        path = self.path("shards", block)
+        if path is None or not path.exists():
+            return None
+        try:
+            return results.load(path)
+        except Exception as error:  # whatever HDF5 makes of a damaged file
+            warnings.warn(f"sweep: {path} is damaged and is computed again: {str(error)[:120]}", stacklevel=2)
+            return None
+
+    def restored(self, block: int) -> _Block:
+        """The block at its newest good checkpoint, or not begun."""
+        folder = self.path("checkpoints", block)
+        state, chunk = self.program.like
+
+        def like(step):
+            ends = -(-step // self.experiment.train.eval_every)
+            evaluations = jax.tree.map(lambda x: _shape(x, 1, ends), (chunk.validation, chunk.signals))
+            steps = [_shape(x, 1, step, drop=1) for x in chunk[:4]]
+            return {"state": state, "record": Record(*steps, *evaluations, chunk.frozen)}
+
+        found = checkpoint.restore(folder, like) if folder else None
+        if found is None:
+            return _Block(block)
+        _agree(found.meta, self.identity(), str(folder))
+        return _Block(block, found.step, found.tree["state"], found.tree["record"])
+
+    def run(self, todo: list[int], report: Callable[[list[_Block], Record], None]) -> dict[int, xr.Dataset]:
+        """Train the blocks `todo`, in rounds of as many as are spread over the devices."""
+        waiting, done = sorted((self.restored(b) for b in todo), key=lambda b: (-b.step, b.index)), {}
+        while waiting:
+            group = [b for b in waiting if b.step == waiting[0].step][: self.plan.devices]  # a round is at one step
+            waiting = [b for b in waiting if b not in group]
+            done |= self._round(group, report)
+        return done
+
+    def _round(self, group: list[_Block], report: Callable) -> dict[int, xr.Dataset]:
+        program, train, step = self.program, self.experiment.train, group[0].step
+        full = group + [group[-1]] * (self.plan.devices - len(group))  # a device without a block repeats the last
+        members = np.stack([self.members_of(b.index) for b in full])
+        hparams = program.place({name: values[members] for name, values in self.hparams.items()})
+        fresh = group[0].state is None
+        keys = program.place(self.keys[members])
+        state = program.start(keys, hparams) if fresh else program.place(_stack([b.state for b in full]))
+        saved = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            paths = [self.path("checkpoints", b.index) for b in group]
+            writers = [stack.enter_context(checkpoint.Writer(path)) for path in paths if path is not None]
+            while step < train.num_steps and not self._at_rest(state):
+                whole = step + train.eval_every <= train.num_steps or program.tail is None
+                state, record = (program.chunk if whole else program.tail)(state, hparams, program.data)
+                step = min(step + train.eval_every, train.num_steps)
+                record = jax.tree.map(np.asarray, record)
+                for i, block in enumerate(group):
+                    block.step, block.record = step, _join(block.record, _take(record, i))
+                report(group, record)
+                last = step == train.num_steps or self._at_rest(state)
+                if (self.keep_states if last else time.monotonic() - saved >= train.checkpoint_seconds):
+                    saved = time.monotonic()
+                    for i, (writer, block) in enumerate(zip(writers, group, strict=False)):
+                        writer.save(step, {"state": _take(state, i), "record": block.record}, self.identity())
+            scores = program.test(state, hparams, program.data)
+        return {b.index: self._finish(b, _take(state, i), _take(scores, i)) for i, b in enumerate(group)}
+
+    def _at_rest(self, state: State) -> bool:
+        stopped = (np.asarray(state.stopped_at) >= 0) | (np.asarray(training.frozen_at(state)) >= 0)
+        return self.experiment.train.stop_at_target and bool(stopped.all())
+
+    def _finish(self, block: _Block, state: State, scores: training.Scores) -> xr.Dataset:
+        """The block's dataset, written to its shard; its checkpoints are then no longer needed."""
+        ds = _dataset(state, scores, block.record, self.experiment)
+        if path := self.path("shards", block.index):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            results.save(ds, path)
+            if not self.keep_states:
+                checkpoint.remove(self.path("checkpoints", block.index))
+        return ds
+
+
+def _shape(x: jax.ShapeDtypeStruct, axis: int, size: int, drop: int = 0) -> jax.ShapeDtypeStruct:
+    """The shape with an axis of `size` put in, in place of `drop` axes."""
+    return jax.ShapeDtypeStruct((*x.shape[:axis], size, *x.shape[axis + drop :]), x.dtype)
+
+
+def _agree(meta: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
+    """Refuse what another config has left behind, naming the fields."""
+    differ = grid.differences(config.from_dict(meta["config"]), config.from_dict(mine["config"]))
+    for name in ("lanes", "values"):
+        if meta[name] != mine[name]:
+            differ.append(f"{'lane width' if name == 'lanes' else 'swept values'}: {meta[name]} and {mine[name]}")
+    if differ:
+        raise ConfigError(f"sweep: {where} was written with other settings (there and here): {'; '.join(differ)}")
+
+
+def _dataset(state: State, scores: training.Scores, records: Record, experiment: Experiment) -> xr.Dataset:
+    """What one block has measured, along `lane`."""
+    train, depth = experiment.train, experiment.model.depth
+    steps, evaluations = records.loss.shape[1], records.validation.loss.shape[1]
+    ends = np.minimum(train.eval_every * np.arange(1, evaluations + 1), train.num_steps)
+    broken = {name: np.asarray(value) for name, value in training.divergence(state).items()}
+    params = state.variables["params"]
+    seen = records.signals
+    layer = [f"hidden_{i + 1}" for i in range(depth)]
+    reached = records.validation.score >= train.target
+    lane, step, each = ("lane",), ("lane", "step"), ("lane", "evaluation")
+    return xr.Dataset(
+        {
+            "loss": (step, records.loss),
+            "score": (step, records.score),
+            "log_gradient_norm": (step, records.log_gradient_norm),
+            "clipped": (step, records.clipped),
+            "validation_loss": (each, records.validation.loss),
+            "validation_score": (each, records.validation.score),
+            "layer_log_activation_rms": ((*each, "layer"), seen.log_activation_rms[..., 1:-1]),
+            "layer_log_cotangent_rms": ((*each, "layer"), seen.log_cotangent_rms[..., 1:-1]),
+            "layer_log_gradient_norm": ((*each, "layer"), seen.log_gradient_norm[..., :-1]),
+            "test_loss": (lane, np.asarray(scores.loss)),
+            "test_score": (lane, np.asarray(scores.score)),
+            "trained": (lane, reached.any(1)),
+            "trained_at": (lane, np.where(reached.any(1), ends[reached.argmax(1)], -1)),
+            "diverged_at": (lane, broken["diverged_at"]),
+            "diverged_leaf": (lane, np.array([leaf_name(params, int(i)) for i in broken["diverged_leaf"]], dtype=str)),
+            "diverged_cause": (lane, np.array([CAUSES[int(i)] for i in broken["diverged_cause"]], dtype=str)),
+        },
+        coords={"step": np.arange(steps), "evaluation": ends, "layer": layer},
+    )
+
+
+# -- the sweep -------------------------------------------------------------------------------------------
+
+
+def _unfolded(blocks: list[xr.Dataset], cell: _Cell, settings: grid.Grid) -> xr.Dataset:
+    """The blocks of a cell in order, with the dimensions of the sweep in place of `lane`."""
+    ds = xr.concat(blocks, "lane", join="outer").isel(lane=slice(cell.plan.members))
+    shape = [len(values) for values in settings.dims.values()]
+    variables = {
+        str(name): ((*settings.dims, *x.dims[1:]), x.values.reshape(*shape, *x.shape[1:])) for name, x in ds.items()
+    }
+    drawn = {name: (settings.along[name], values) for name, values in settings.drawn.items()}
+    return xr.Dataset(variables, coords={**ds.coords, **settings.dims, **drawn})
+
+
+def _nested(datasets: list[xr.Dataset], static: dict[str, list]) -> xr.Dataset:
+    """The cells' datasets along one dimension per static name."""
+    for name in reversed(static):
+        values, size = static[name], len(static[name])
+        index = xr.DataArray(values, dims=name, name=name)
+        datasets = [
+            xr.concat(datasets[i : i + size], dim=index, join="outer") for i in range(0, len(datasets), size)
+        ]
+    return datasets[0]
+
+
+def sweep(
+    experiment: Experiment | str | Path,
+    vary: Mapping[str, Any] | None = None,
+    static: Mapping[str, Any] | None = None,
+    num_seeds: int | None = None,
+    *,
+    folder: str | Path | None = None,
+    keep_states: bool = False,
+    progress: Callable[[Progress], None] = lambda event: None,
+) -> xr.Dataset:
+    """Train every seed at every setting, one compiled program per static setting.
+
+    A host-level function: it compiles, runs, and with a folder writes.
+
+    Args:
+      experiment: as `gradjax.config.load` returns it, or the path of a TOML file.
+      vary: dotted float -> values, vmapped; `gradjax.grid` says in which forms.
+      static: dotted name -> list of values, a program each.
+      num_seeds: overrides `train.num_seeds`.
+      folder: where shards, checkpoints and `results.nc` go; one that holds an unfinished sweep is resumed. None: no
+        file is written.
+      keep_states: leave the last state of every member in `checkpoints/`.
+      progress: called between chunks.
+
+    Returns:
+      Dataset with the dimensions static names, swept names (`draw` for what is drawn at random), `seed`, and
+        step: loss, score, log_gradient_norm (before clipping, natural log), clipped (share) of the training batches;
+        evaluation (a step count): validation_loss, validation_score; (evaluation, layer): layer_log_activation_rms,
+        layer_log_cotangent_rms, layer_log_gradient_norm, as `gradjax.step.signals` defines them;
+        per member: test_loss, test_score, trained (the target was reached), trained_at, diverged_at (a step, -1 for
+        never), diverged_leaf, diverged_cause. A diverged member keeps its last good parameters, and its later losses
+        are those.
+
+    Raises:
+      ConfigError: names and values that cannot be swept, or a folder that belongs to another config.
+      gradjax.checkpoint.CheckpointError: the disk is full or read-only; the last good state is named.
+
+    >>> import gradjax, jax
+    >>> small = gradjax.config.from_dict({"model": {"depth": 2, "width": 8}, "train": {"num_steps": 4, "eval_every": 2}})
+    >>> ds = gradjax.sweep(small, vary={"optimizer.learning_rate": [0.01, 0.1]}, num_seeds=3)
+    >>> dict(ds.loss.sizes)
+    {'optimizer.learning_rate': 2, 'seed': 3, 'step': 4}
+    """
+    experiment = config.load(experiment) if isinstance(experiment, str | Path) else experiment
+    if num_seeds is not None:
+        experiment = config.replace(experiment, {"train.num_seeds": num_seeds})
+    config.check(experiment)
+    settings = grid.grid(experiment, vary, static)
+    text = config.to_toml(experiment) + grid.to_toml(vary, static)
+    folder = None if folder is None else Path(folder)
+    if folder is not None:
+        _claim(folder, text)
+    elif jax.process_count() > 1:
+        raise ConfigError(f"sweep: {jax.process_count()} processes share their results in a folder; pass folder=")
+    cells = settings.cells()
+    total = len(cells) * settings.num_members
+    meter = _Meter(total * experiment.train.num_steps, progress)
+    progress(Progress(f"{total} members, {len(cells)} training program{'s' * (len(cells) > 1)} to compile"))
+    datasets, plans, data = [], [], (None, None)
+    for number, values in enumerate(cells):
+        own = config.replace(experiment, values)
+        data = data if data[0] == own.task else (own.task, _data(own))
+        cell = _cell(number, own, settings, data[1], folder, keep_states)
+        label = "".join(f"{name} = {value}: " for name, value in values.items())
+        plans.append(f"{label}{cell.plan}")
+        progress(Progress(plans[-1]))
+        datasets.append(_unfolded(_run(cell, meter), cell, settings))
+    ds = _nested(datasets, settings.static)
+    ds = ds.assign_attrs(config=text, plan="\n".join(plans), target=experiment.train.target)
+    if folder is not None and jax.process_index() == 0:
+        versions = {f"version_{name}": value for name, value in results.provenance().items()}
+        results.save(ds.assign_attrs(versions), folder / "results.nc")
+    return ds
+
+
+def _claim(folder: Path, text: str) -> None:
+    """Make the folder this sweep's own, or make sure that it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    if path.exists():
+        differ = grid.differences(config.load(path), config.loads(text))
+        before, now = (t.partition("[sweep.")[2] for t in (path.read_text(), text))
+        differ += ["[sweep]: other names or values"] if before != now else []
+        if differ:
+            raise ConfigError(f"sweep: {folder} was begun with other settings (there and here): {'; '.join(differ)}")
+    elif jax.process_index() == 0:
+        results.write_text(path, text)
+
+
+def _data(experiment: Experiment) -> Splits:
+    task, key = experiment.task, jax.random.split(jax.random.key(experiment.seed))[0]
+    return tasks.load(task.name, key, validation=task.validation, test=task.test, normalize=task.normalize)
+
+
+def _cell(
+    number: int, experiment: Experiment, settings: grid.Grid, data: Any, folder: Path | None, keep_states: bool
+) -> _Cell:
+    """Compile a static setting; a folder that was begun at some lane width keeps it."""
+    seeds, hparams = settings.members()
+    model_key = jax.random.split(jax.random.key(experiment.seed))[1]  # seed i is the network that `diagnose` measures
+    keys = jax.vmap(lambda i: jax.random.fold_in(model_key, i))(jnp.asarray(seeds))
+    problem, note = training.problem_of(experiment, data), folder and folder / f"lanes-{number:03d}.json"
+    if note and note.exists() and not experiment.train.lanes:
+        lanes = {"train.lanes": json.loads(note.read_text())}
+        problem = dataclasses.replace(problem, experiment=config.replace(experiment, lanes))
+    program, plan = _fit(problem, sorted(hparams), data, settings.num_members)
+    if note and jax.process_index() == 0:
+        results.write_text(note, json.dumps(plan.lanes))
+    return _Cell(number, program, plan, experiment, keys, hparams, folder, keep_states)
+
+
+def _run(cell: _Cell, meter: "_Meter") -> list[xr.Dataset]:
+    """The datasets of all blocks in order: those of this process computed, those of the others read."""
+    mine = range(cell.plan.blocks)
+    by_member = cell.experiment.train.shard == MEMBERS
+    if by_member:
+        mine = mine[jax.process_index() :: jax.process_count()]
+    done = {block: ds for block in mine if (ds := cell.finished(block)) is not None}
+    meter.skip(sum(len(np.unique(cell.members_of(b))) for b in done) * cell.experiment.train.num_steps)
+    done |= cell.run([b for b in mine if b not in done], lambda group, record: meter.advance(cell, group, record))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"cell {cell.number}")
+        others = [b for b in range(cell.plan.blocks) if b not in done]
+        done |= {b: results.load(path) for b in others if (path := cell.path("shards", b))}
+    return [done[block] for block in range(cell.plan.blocks)]
+
+
+class _Meter:
+    """Counts member-steps, and tells the caller between chunks."""
+
+    def __init__(self, total: float, progress: Callable[[Progress], None]):
+        self.total, self.progress = total, progress
+        self.done, self.computed, self.began, self.diverged = 0.0, 0.0, 0.0, {}
+
+    def skip(self, member_steps: float) -> None:
+        """What was finished before."""
+        self.done += member_steps
+        self.began = self.began or time.monotonic()
+
+    def advance(self, cell: _Cell, group: list[_Block], record: Record) -> None:
+        """A chunk of a round has been computed."""
+        counts = [len(np.unique(cell.members_of(block.index))) for block in group]
+        self.done += sum(counts) * record.loss.shape[-1]
+        self.computed += sum(counts) * record.loss.shape[-1]
+        loss = np.concatenate([record.loss[i, :n, -1] for i, n in enumerate(counts)])
+        for i, (block, n) in enumerate(zip(group, counts, strict=True)):
+            self.diverged[cell.number, block.index] = int(record.frozen[i, :n].sum())
+        speed = self.computed / max(time.monotonic() - self.began, 1e-9)
+        finite = loss[np.isfinite(loss)]
+        median = float(np.median(finite)) if finite.size else math.nan
+        self.progress(Progress("", self.done, self.total, speed, median, sum(self.diverged.values())))
