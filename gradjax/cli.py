@@ -102,21 +102,28 @@ def _headline(verdict, space: str = "_") -> str:
 def _print_verdict(verdict, folder) -> None:
     import math
 
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from gradjax import diagnosis, results
 
     console = Console()
-    parts = results.jsonable(diagnosis.layers(verdict.measurements))
+    theory = diagnosis.theory(verdict.measurements)
+    beside = [{"theory": row["log_cotangent_rms"], "distance": row["standard_errors"]} for row in theory["layers"]]
+    parts = [a | b for a, b in zip(results.jsonable(diagnosis.layers(verdict.measurements)), beside, strict=True)]
     columns = {
         "log_activation_rms": "activation",
         "log_cotangent_rms": "cotangent",
+        "theory": "theory",
+        "distance": "s.e.",
         "log_gradient_norm": "gradient",
-        "log_singular_value_max": "largest σ",
-        "log_singular_value_min": "smallest σ",
+        "log_singular_value_max": "max σ",
+        "log_singular_value_min": "min σ",
     }
     table = Table(title=f"{verdict.meta['name']}: natural logarithms, medians over seeds", title_justify="left")
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
+    table.box, table.caption = box.SIMPLE_HEAD, "theory: of the cotangent; s.e.: standard errors of its growth from it"
     table.add_column("layer")
     for heading in columns.values():
         table.add_column(heading, justify="right")
@@ -138,6 +145,15 @@ def _print_verdict(verdict, folder) -> None:
             f"{rank}; {product['growth_nats_per_layer']:+.3f} nats per layer",
             highlight=False,
         )
+    if theory["standard_errors"] is not None:
+        console.print(
+            f"theory: {theory['growth_nats_per_layer']:+.3f} nats per layer; measured "
+            f"{theory['measured_nats_per_layer']:+.3f} ± {theory['standard_error']:.3f}, "
+            f"{theory['standard_errors']:+.1f} standard errors",
+            highlight=False,
+        )
+    elif theory["note"]:
+        console.print(f"theory: {theory['note']}", highlight=False)
     for name in ("left_out", "notes"):
         if verdict.meta[name]:
             console.print(f"{name.replace('_', ' ')}: {verdict.meta[name]}", highlight=False)

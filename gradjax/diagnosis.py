@@ -71,6 +71,7 @@ class Diagnosis:
                 "findings": [asdict(finding) for finding in self.findings],
                 "layers": layers(self.measurements),
                 "product": product(self.measurements),
+                "theory": theory(self.measurements),
                 "meta": self.meta,
             }
         )
@@ -119,6 +120,34 @@ def product(ds: xr.Dataset) -> dict[str, Any]:
         "growth_nats_per_layer": float(np.median(rms)) / (ds.sizes["layer"] - 1),
         "condition_nats": float(np.median(condition)),
     }
+
+
+def theory(ds: xr.Dataset) -> dict[str, Any]:
+    """The growth G_l of log rms cotangent from the last layer to layer l: theory, measurement, and their distance
+
+        z_l = (mean_s G_l - G_l of theory) / (max(std_s G_l, sd_l of theory) / sqrt(num_seeds)),      s the seeds
+
+    Theory is `gradjax.theory`'s mean of the log at this width and batch: no bias of order depth / width is left in G.
+    The larger deviation counts because few seeds of a skewed law often show too small a one, and theory's leaves out
+    what it does not know. `note` says why there is none; null where something is not finite.
+    """
+    fields = ("growth_nats_per_layer", "measured_nats_per_layer", "standard_error", "standard_errors")
+    rows = [{"name": str(name), "log_cotangent_rms": None, "standard_errors": None} for name in ds["layer"].values]
+    out: dict[str, Any] = {"note": ds.attrs.get("theory", ""), **dict.fromkeys(fields), "layers": rows}
+    steps = len(rows) - 1
+    if "theory_log_cotangent_rms" not in ds or not steps:
+        return out
+    expected, measured = np.asarray(ds["theory_log_cotangent_rms"]), np.asarray(ds["log_cotangent_rms"])
+    with np.errstate(all="ignore"):
+        growth = measured - measured[:, -1:]
+        spread = growth.std(0, ddof=min(1, len(growth) - 1))
+        error = np.fmax(spread, ds["theory_sd_log_cotangent_rms"].values) / math.sqrt(len(growth))
+        z = (growth.mean(0) - expected + expected[-1]) / error
+    finite = lambda x: float(x) if np.isfinite(x) else None
+    for i, row in enumerate(rows):
+        row |= {"log_cotangent_rms": finite(expected[i]), "standard_errors": finite(z[i])}
+    per_layer = (np.array([expected[0] - expected[-1], growth[:, 0].mean(), error[0]]) / steps).tolist()
+    return out | dict(zip(fields, map(finite, (*per_layer, z[0])), strict=True))
 
 
 def maximal_run(growth: np.ndarray) -> tuple[int, int]:

@@ -18,8 +18,8 @@ import optax
 import xarray as xr
 from jax import Array
 
-from gradjax import tasks
-from gradjax.config import Experiment
+from gradjax import tasks, theory
+from gradjax.config import Experiment, Model
 from gradjax.models import MODELS
 from gradjax.spectrum import jacobian_spectrum
 from gradjax.step import layer_jacobian, signals
@@ -60,12 +60,21 @@ def _spectra(links: list, x: Array) -> dict[str, tuple[tuple[str, ...], np.ndarr
         each = np.asarray(spectrum.layer_log_singular_values)
         largest, smallest = np.hstack([largest, each[..., 0]]), np.hstack([smallest, each[..., -1]])
         gain = np.hstack([gain, spectrum.log_gain])
-        variables["log_singular_values"] = (("spectrum_seed", "index"), spectrum.log_singular_values)
+        values = np.asarray(spectrum.log_singular_values)
+        variables["log_singular_values"] = (("spectrum_seed", "index"), values)
+        variables["log_product_rms"] = (("spectrum_seed",), _rms(values, values.shape[1]))
     return variables | {
         "log_singular_value_max": (("spectrum_seed", "layer"), largest),
         "log_singular_value_min": (("spectrum_seed", "layer"), smallest),
         "log_gain": (("spectrum_seed", "layer"), gain),
     }
+
+
+def _theory(model: Model, batch: tasks.Split, classes: int, anchor: float) -> dict[str, tuple]:
+    """The variables `theory_*`, the cotangents' line through the last layer's median."""
+    predicted = theory.predict(model, batch.x, batch.y, classes)
+    predicted = predicted._replace(log_cotangent_rms=predicted.log_cotangent_rms + anchor)
+    return {f"theory_{name}": (("layer",)[: np.ndim(x)], x) for name, x in predicted._asdict().items()}
 
 
 def measure(experiment: Experiment, progress: Callable[[str], None] = lambda message: None) -> xr.Dataset:
@@ -81,9 +90,11 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
         log_activation_rms, log_cotangent_rms (of d loss / d h, the batch's mean loss), log_gradient_norm (of the
         parameters of that layer): (seed, layer); loss, log_gradient_norm_readout: (seed,);
         log_singular_value_max, log_singular_value_min, log_gain (log rms singular value): (spectrum_seed, layer);
-        log_singular_values of the product J = J_depth .. J_2: (spectrum_seed, index).
+        log_singular_values of the product J = J_depth .. J_2: (spectrum_seed, index), log_product_rms their rms;
+        theory_log_activation_rms, theory_log_cotangent_rms (from the measured last layer on), theory_log_gain:
+        (layer,), theory_log_product_rms: (): what `gradjax.theory` expects, and as theory_sd_log_* one network's deviations.
       What was too dear to compute is absent, and the attribute `left_out` says so; `notes` holds what the spectra warn
-      of.
+      of, `theory` why there is no theory.
 
     Raises:
       ValueError: a batch larger than the training split; `gradjax.tasks` names missing and damaged files.
@@ -94,7 +105,8 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
     task = experiment.task
     splits = tasks.load(task.name, data_key, validation=task.validation, test=task.test, normalize=task.normalize)
     batch = tasks.batch_at(splits.train, data_key, 0, task.batch_size)
-    model = MODELS[experiment.model.name](experiment.model, int(splits.train.y.max()) + 1)
+    classes = int(splits.train.y.max()) + 1
+    model = MODELS[experiment.model.name](experiment.model, classes)
 
     def init(key: Array) -> tuple:
         params_key, dropout_key = jax.random.split(key)
@@ -114,6 +126,9 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
         "log_gradient_norm_readout": (("seed",), gradient[:, -1]),
         "loss": (("seed",), loss),
     }
+    no_theory = theory.covers(experiment.model)
+    if not no_theory:
+        variables |= _theory(experiment.model, batch, classes, float(np.median(cotangent[:, -2])))
 
     coupled = experiment.model.normalization == "batchnorm"  # then the state is the batch
     examples = batch.x if coupled else batch.x[0]
@@ -134,5 +149,5 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
     return xr.Dataset(
         variables,
         coords={"layer": [f"hidden_{i + 1}" for i in range(depth)], "seed": np.arange(num_seeds)},
-        attrs={"left_out": left_out, "notes": "\n".join(notes), "width": experiment.model.width},
+        attrs={"left_out": left_out, "notes": "\n".join(notes), "theory": no_theory, "width": experiment.model.width},
     )

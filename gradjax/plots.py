@@ -42,6 +42,17 @@ def _curve(ax: Axes, x: np.ndarray, ds: xr.Dataset, name: str, color: str, label
         ax.plot(x, np.median(values, axis=0), style, color=color, label=label, lw=1.8)
 
 
+def _theory(ax: Axes, x: np.ndarray, ds: xr.Dataset, name: str, label: str = "theory") -> None:
+    """The theory of a variable, dashed, in powers of ten, with one network's standard deviation to either side."""
+    if f"theory_{name}" not in ds:
+        return
+    mean = np.broadcast_to(ds[f"theory_{name}"].values / LOG10, x.shape)
+    if f"theory_sd_{name}" in ds:
+        sd = ds[f"theory_sd_{name}"].values / LOG10
+        ax.fill_between(x, mean - sd, mean + sd, color=GREY, alpha=0.2, lw=0)
+    ax.plot(x, mean, "--", color="black", lw=1.1, label=label)
+
+
 def _log_axis(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -74,6 +85,8 @@ def diagnosis_figure(ds: xr.Dataset, title: str = "") -> Figure:
         ax = axes[0, 0]
         _curve(ax, layer, ds, "log_activation_rms", BLUE, "activation $h_l$")
         _curve(ax, layer, ds, "log_cotangent_rms", ORANGE, r"cotangent $\partial\mathcal{L}/\partial h_l$")
+        _theory(ax, layer, ds, "log_activation_rms", "theory")
+        _theory(ax, layer, ds, "log_cotangent_rms", "_")
         _log_axis(ax, "Signals", xlabel, "rms per unit")
         ax.legend(loc="best")
 
@@ -87,7 +100,7 @@ def diagnosis_figure(ds: xr.Dataset, title: str = "") -> Figure:
             _log_axis(ax, name, xlabel, "singular value")
             low, high = ax.get_ylim()
             ax.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the curves
-            ax.legend(loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2)
+            ax.legend(loc="upper center", ncols=4, columnspacing=1.0, handlelength=1.2)
         else:
             _note(ax, name, _left_out(ds))
 
@@ -116,7 +129,8 @@ def _jacobian_panel(ax: Axes, ds: xr.Dataset, layer: np.ndarray) -> None:
         ax.plot([], [], color=GREEN, label="smallest: 0")
     else:
         _curve(ax, layer, ds, "log_singular_value_min", GREEN, "smallest" + " (gaps: 0)" * bool(zeros.any()))
-    ax.axhline(0, color=GREY, lw=1, ls="--")
+    _theory(ax, layer, ds, "log_gain")
+    ax.axhline(0, color=GREY, lw=1, ls=":")
 
 
 def _product_panel(ax: Axes, ds: xr.Dataset) -> None:
@@ -124,8 +138,14 @@ def _product_panel(ax: Axes, ds: xr.Dataset) -> None:
     index = np.arange(1, values.shape[1] + 1)
     rank = int(np.median(np.isfinite(values).sum(1)))
     _curve(ax, index, ds, "log_singular_values", BLUE, f"rank {rank} of {values.shape[1]}")
+    if "theory_log_product_rms" in ds:
+        rms, mean, sd = (
+            float(np.median(ds[name])) / LOG10
+            for name in ("log_product_rms", "theory_log_product_rms", "theory_sd_log_product_rms")
+        )
+        _theory(ax, index, ds, "log_product_rms", rf"rms $10^{{{rms:.1f}}}$, theory $10^{{{mean:.1f}\pm{sd:.1f}}}$")
     finite = values[np.isfinite(values)] / LOG10
     for limit, name in zip(FLOAT32, ("smallest", "largest"), strict=True):
         if finite.size and finite.min() < limit < finite.max():
-            ax.axhline(limit, color=ORANGE, lw=1, ls="--", label=f"{name} float32")
-    ax.axhline(0, color=GREY, lw=1, ls="--")
+            ax.axhline(limit, color=ORANGE, lw=1, ls="-.", label=f"{name} float32")
+    ax.axhline(0, color=GREY, lw=1, ls=":")

@@ -125,7 +125,7 @@ def test_networks_get_their_verdict(values, pathology):
 def test_the_json_has_the_names_that_others_build_on():
     experiment = config.replace(config.Experiment(), {"model.depth": 20, **SMALL})
     record = json.loads(judge(measure(experiment), {"seed": 0}).to_json())
-    assert set(record) == {"healthy", "findings", "layers", "product", "meta"}
+    assert set(record) == {"healthy", "findings", "layers", "product", "theory", "meta"}
     assert set(record["layers"][0]) == {
         "name", "log_activation_rms", "log_cotangent_rms", "log_gradient_norm", "log_singular_value_max",
         "log_singular_value_min",

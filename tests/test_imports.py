@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "meanfield": {"activations", "scale"},
     "random_matrix": {"activations", "scale"},
     "taps": {"scale"},
+    "theory": {"activations"},
     # what is trained
     "config": set(),
     "models": {"activations", "initializers", "scale", "step"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "results": {"config"},
     "monitor": {"config", "results"},
     "measure": {"config", "models", "tasks", "initializers", "step", "spectrum", "matrix_free", "scale"}
-    | {"activations", "meanfield", "random_matrix", "taps"},
+    | {"activations", "meanfield", "random_matrix", "taps", "theory"},
     "diagnosis": {"config", "results", "activations", "taps", "spectrum", "meanfield", "random_matrix", "scale"},
     "ablation": {"config", "training", "checkpoint", "results", "monitor", "tasks", "scale"},
     "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
