@@ -92,7 +92,7 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
         log_singular_value_max, log_singular_value_min, log_gain (log rms singular value): (spectrum_seed, layer);
         log_singular_values of the product J = J_depth .. J_2: (spectrum_seed, index), log_product_rms their rms;
         theory_log_activation_rms, theory_log_cotangent_rms (from the measured last layer on), theory_log_gain:
-        (layer,), theory_log_product_rms: (): what `gradjax.theory` expects, and as theory_sd_log_* one network's deviations.
+        (layer,), theory_log_product_rms: (): what `gradjax.theory` expects; theory_sd_log_*: one network's deviation.
       What was too dear to compute is absent, and the attribute `left_out` says so; `notes` holds what the spectra warn
       of, `theory` why there is no theory.
 

@@ -99,8 +99,8 @@ def diagnosis_figure(ds: xr.Dataset, title: str = "") -> Figure:
             _jacobian_panel(ax, ds, layer)
             _log_axis(ax, name, xlabel, "singular value")
             low, high = ax.get_ylim()
-            ax.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the curves
-            ax.legend(loc="upper center", ncols=4, columnspacing=1.0, handlelength=1.2)
+            ax.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the curves
+            ax.legend(loc="upper center", ncols=2, columnspacing=1.0, handlelength=1.2)
         else:
             _note(ax, name, _left_out(ds))
 

@@ -59,7 +59,9 @@ def _moments(activation: str, depth: int, residual: bool, w2, b2, scale2, q, c) 
     """Per layer: q, c, E h^2, and the Gaussian moments of f and e, with their derivatives in log q and over pairs."""
     act = resolve(activation)
     slope = derivative(act.phi)
-    u = (jnp.arange(64) + 0.5) * 0.1875 - 6.0  # pairs enter fluctuations alone, where a plain grid is enough
+    u = jnp.asarray(
+        np.arange(-5.90625, 6, 0.1875), q.dtype
+    )  # pairs enter fluctuations alone, where a plain grid is enough
     grid = density(u) / jnp.sum(density(u))
 
     def layer(state, first):
@@ -72,7 +74,7 @@ def _moments(activation: str, depth: int, residual: bool, w2, b2, scale2, q, c) 
         stein = jnp.stack([jnp.ones_like(z), (z**2 - 1) / 2, (z**4 - 4 * z**2 + 1) / 4, (z**4 - 6 * z**2 + 3) / 4])
         f, e = jnp.einsum("az,kz,z->ak", powers, stein, w)
         means = jnp.stack([f[0], e[0]])
-        one, two = s * u[:, None], s * (c * u[:, None] + jnp.sqrt(1 - c * c) * u)
+        one, two = s * u[:, None], s * (c * u[:, None] + jnp.sqrt(1 - c * c) * u[None])
         over = lambda g: grid @ (g(one) * g(two)) @ grid
         first_powers, both = (jnp.stack([act.phi(x) ** 2, slope(x) ** 2]) for x in (one, two))
         own = first_powers[:, :, 0] @ grid
@@ -82,8 +84,8 @@ def _moments(activation: str, depth: int, residual: bool, w2, b2, scale2, q, c) 
         p, shared = skip * p + branch * f[0], skip * shared + branch * f[0] * over(act.phi) / own[0]
         out = dict(
             q=q, c=c, p=p, f=f, e=e, tilt=jnp.sum(w * value * tangent * z) ** 2 / (f[0] * e[0]),
-            single=jnp.einsum("az,bz,z->ab", powers, powers, w) / (means[:, None] * means),
-            pair=pair / (own[:, None] * own), turn=over(slope) / own[1],
+            single=jnp.einsum("az,bz,z->ab", powers, powers, w) / (means[:, None] * means[None]),
+            pair=pair / (own[:, None] * own[None]), turn=over(slope) / own[1],
         )  # fmt: skip
         return (w2 * p + b2, jnp.clip((w2 * shared + b2) / (w2 * p + b2), -1.0, 1.0), p, shared), out
 
@@ -95,16 +97,16 @@ def _average(variance: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     variance: (2, depth), of the log of one, and the covariance of two. By 500 fixed draws at each of 30 variances.
     """
-    apart = np.sqrt(np.maximum(variance[0] - variance[1], 0.0))
+    apart = np.maximum(variance[0] - variance[1], 0.0)
     grid = np.linspace(0, np.max(np.nan_to_num(apart, posinf=0.0)) + 1e-9, 30)
     normal = np.random.default_rng(0).standard_normal((250, min(size, 1000)))
-    normal = np.concatenate([normal, -normal])
-    logs = np.array([np.logaddexp.reduce(s * normal, 1) - np.log(normal.shape[1]) for s in grid])
+    normal = np.concatenate([normal, -normal]) / np.sqrt(np.mean(normal**2))
+    logs = np.array([np.logaddexp.reduce(np.sqrt(s) * normal, 1) - np.log(normal.shape[1]) for s in grid])
     mean, own = (np.interp(apart, grid, f(logs, axis=1)) for f in (np.mean, np.var))
     return mean, np.sqrt(variance[1] + own)
 
 
-def _along(m: dict[str, np.ndarray], model: Any, size: int, gamma2: float) -> tuple[np.ndarray, ...]:
+def _along(m: dict[str, np.ndarray], model: Any, size: int, gamma2: float) -> list[np.ndarray]:
     """Activation, growth back from the last layer, each with its deviation, and gain; `size` examples, see above.
 
     gamma2: mean squared correlation of two cotangents at the last layer.
@@ -159,7 +161,7 @@ def _along(m: dict[str, np.ndarray], model: Any, size: int, gamma2: float) -> tu
         variance[:, l - 1] = noises + response**2 * lengths[:, l]
     total = np.append(np.cumsum(expected[:0:-1])[::-1], 0.0)
     (rise, sd), (lift, sd_activation) = _average(variance, size), _average(spread, size)
-    return (activation + lift) / 2, np.where(plain, sd_activation / 2, np.nan), (total + rise) / 2, sd / 2, gain / 2
+    return [(activation + lift) / 2, np.where(plain, sd_activation / 2, np.nan), (total + rise) / 2, sd / 2, gain / 2]
 
 
 def predict(model: Any, x: Any, labels: Any, classes: int) -> Theory:
@@ -178,7 +180,7 @@ def predict(model: Any, x: Any, labels: Any, classes: int) -> Theory:
         scan = functools.partial(_moments, model.activation, model.depth, bool(model.residual))
         moments = jax.vmap(lambda q, c: scan(w2, b2, model.residual_scale**2, q, c))(q, c)
         whole, one = ({name: np.asarray(value[i]) for name, value in moments.items()} for i in (0, 1))
-        *signals, _ = _along(whole, model, batch, same + (1 - same) / (classes - 1) ** 2)
-        *_, product, sd, gain = _along(one, model, model.width, 1 / model.width)
+        h, sd_h, growth, sd_growth, _ = _along(whole, model, batch, same + (1 - same) / (classes - 1) ** 2)
+        _, _, product, sd, gain = _along(one, model, model.width, 1 / model.width)
     gain[0] += 0.5 * np.log(model.width / x.shape[1])  # per input of a matrix that is not square
-    return Theory(*signals, gain, float(product[0]), float(sd[0]))
+    return Theory(h, sd_h, growth, sd_growth, gain, float(product[0]), float(sd[0]))

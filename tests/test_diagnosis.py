@@ -119,6 +119,7 @@ def test_networks_get_their_verdict(values, pathology):
     assert [f.pathology for f in found] == ([pathology] if pathology else []), [diagnosis.explain(f) for f in found]
     record = json.loads(judge(ds).to_json())
     assert record["healthy"] == (not found)
+    assert bool(record["theory"]["note"]) == ("model.normalization" in values) == ("theory_log_gain" not in ds)
     assert len(record["layers"]) == experiment.model.depth
 
 
