@@ -32,15 +32,16 @@ PyTree = Any
 Axis = int | Sequence[int] | None
 
 LOG2 = 0.6931471805599453
-_SAFE = 2.0**-60  # from here on a sum of squares has lost nothing to underflow (for up to 2^40 terms)
-_LIFT = 64  # tiny groups are multiplied by 2^64, which takes the smallest subnormal float32 to 2^-85
+_SAFE = 2.0**-60, 2.0**126  # a sum of squares in between has lost nothing to underflow (for up to 2^40 terms)
+_LANES = 32  # partial sums of a large group, which are then added up without a rounding
 
 
 class Norm(NamedTuple):
-    """A non-negative number mantissa * 2^exponent; mantissa is 0, inf or NaN where the number is."""
+    """A non-negative number (mantissa + low) * 2^exponent; mantissa is 0, inf or NaN where the number is."""
 
     mantissa: Array  # float32, or float64 for float64 input
     exponent: Array  # int32
+    low: Any = None  # what the rounding of the mantissa lost, where it is known
 
 
 class _Format(NamedTuple):
@@ -84,12 +85,10 @@ def _(axis_size: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]
     return _any_lane(jnp.any(flag, axis=0)), False
 
 
-def _wide(x: Any) -> tuple[Array, Array]:
-    """`x` widened, and the bit patterns of its magnitudes."""
-    x = widen(x)
+def _bits(x: Array) -> Array:
+    """The bit patterns of the magnitudes of a float32 or float64 array."""
     f = _format(x.dtype)
-    mask = _int((1 << (f.significand + 8 if f.bias == 127 else 63)) - 1, f)
-    return x, lax.bitcast_convert_type(x, f.bits) & mask
+    return lax.bitcast_convert_type(x, f.bits) & _int((1 << (f.significand + 8 if f.bias == 127 else 63)) - 1, f)
 
 
 def _power(exponent: Array, dtype: Any) -> Array:
@@ -105,131 +104,178 @@ def _times_power(x: Array, exponent: Array) -> Array:
     return x * _power(half, x.dtype) * _power(exponent - half, x.dtype)
 
 
-def _lifted(x: Array, bits: Array) -> Array:
-    """x * 2^64 exactly, for |x| < 1/2: a subnormal's bits are an integer, and converting that flushes nothing."""
-    f = _format(x.dtype)
-    integer = bits.astype(x.dtype)
-    subnormal = integer * jnp.asarray(2.0 ** (_LIFT + 1 - f.bias - f.significand), x.dtype)
-    subnormal = jnp.where(jnp.signbit(x), -subnormal, subnormal)
-    is_subnormal = bits < _int(1 << f.significand, f)
-    return jnp.where(is_subnormal, subnormal, x * jnp.asarray(2.0**_LIFT, x.dtype))
-
-
-def _top(bits: Array, axis: Axis) -> Array:
-    return jnp.max(bits, axis=axis, keepdims=True, initial=0)
-
-
-def _exponent(top: Array, dtype: Any) -> Array:
-    """The e with 2^(e-1) <= largest magnitude < 2^e of normal magnitudes; 0 for zero and non-finite ones."""
+def _exponent(bits: Array, dtype: Any) -> Array:
+    """The e with 2^(e-1) <= magnitude < 2^e of normal magnitudes; 0 for zero, subnormal and non-finite ones."""
     f = _format(dtype)
-    biased = top >> _int(f.significand, f)
+    biased = bits >> _int(f.significand, f)
     return jnp.where((biased == 0) | (biased > 2 * f.bias), 0, biased - f.bias + 1).astype(jnp.int32)
 
 
-def _is_tiny(top: Array, dtype: Any) -> Array:
-    """Whether a group may hold subnormal numbers that matter beside its largest magnitude."""
+def _height(bits: Array, dtype: Any) -> Array:
+    """`_exponent` of subnormal magnitudes too; -5000 for zero."""
     f = _format(dtype)
-    return top < _int((f.bias - 64) << f.significand, f)
+    count = lax.bitcast_convert_type(bits.astype(dtype), f.bits)  # a subnormal's bits are an integer
+    subnormal = jnp.where(bits == 0, -5000, _exponent(count, dtype) + 1 - f.bias - f.significand)
+    return jnp.where(bits < _int(1 << f.significand, f), subnormal, _exponent(bits, dtype))
 
 
-# The branches of a `lax.cond` are functions of the module: as lambdas they would be compiled anew at every eager call.
-def _lift_where(x: Array, bits: Array, tiny: Array) -> Array:
-    return jnp.where(tiny, _lifted(x, bits), x)
+def _countable(x: Array, exponent: Array) -> tuple[Array, Array]:
+    """(y, e) with y * 2^e = x * 2^exponent and y normal: converting a subnormal's bits to a number flushes nothing."""
+    f, bits = _format(x.dtype), _bits(x)
+    is_subnormal = bits < _int(1 << f.significand, f)
+    value = jnp.where(is_subnormal, jnp.copysign(bits.astype(x.dtype), x), x)
+    return value, jnp.where(is_subnormal, exponent + (1 - f.bias - f.significand), exponent)
 
 
-def _leave(x: Array, bits: Array, tiny: Array) -> Array:
-    return x
-
-
-def _lift_if_tiny(x: Array, bits: Array, top: Array) -> tuple[Array, Array, Array]:
-    """(x, top, shift) with x * 2^shift in place of x where the group is tiny (the branch is rarely taken)."""
-    f, tiny = _format(x.dtype), _is_tiny(top, x.dtype)
-    tiny_like = jnp.broadcast_to(tiny, x.shape) if tiny.ndim == x.ndim else tiny
-    if x.ndim == 0:
-        x = _lift_where(x, bits, tiny)
-    else:
-        x = lax.cond(_any_lane(jnp.any(tiny)), _lift_where, _leave, x, bits, tiny_like)
-    top_value = lax.bitcast_convert_type(top, x.dtype)
-    lifted_top = lax.bitcast_convert_type(_lifted(top_value, top), f.bits)
-    return x, jnp.where(tiny, lifted_top, top), jnp.where(tiny, _LIFT, 0).astype(jnp.int32)
-
-
-def _mantissa(sum_of_squares: Array, top: Array) -> Array:
-    """The root, or inf and NaN where the largest bit pattern is theirs (computed, they would spread over the group)."""
-    f = _format(sum_of_squares.dtype)
-    infinity = _int((2 * f.bias + 1) << f.significand, f)
-    root = jnp.sqrt(sum_of_squares)
-    root = jnp.where(top == infinity, jnp.asarray(jnp.inf, root.dtype), root)
-    return jnp.where(top > infinity, jnp.asarray(jnp.nan, root.dtype), root)
+def _limited(exponent: Array, dtype: Any) -> Array:
+    limit = 2 * _format(dtype).bias
+    return jnp.clip(exponent, -limit, limit)
 
 
 def _axes(x: Any, axis: Axis) -> tuple[int, ...]:
     axes = range(jnp.ndim(x)) if axis is None else (axis,) if isinstance(axis, int) else axis
-    return tuple(a % jnp.ndim(x) for a in axes)
+    return tuple(sorted(a % jnp.ndim(x) for a in axes))
 
 
-def _sum_of_squares(x: Array, axes: tuple[int, ...]) -> Array:
-    """Kept at length 1 over `axes`; whatever overflows or underflows does."""
-    if jnp.iscomplexobj(x):
-        squares = jnp.square(x.real) + jnp.square(x.imag)
+# -- sums of squares, and their roots, each as an unevaluated sum of two floats --------------------------
+
+
+def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    total = a[0] + b[0]
+    part = total - a[0]
+    return total, (a[0] - (total - part)) + (b[0] - part) + a[1] + b[1]
+
+
+def _total(pair: Any, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    zero = jnp.zeros((), pair[0].dtype)
+    return lax.reduce(pair, (zero, zero), _add, axes)  # type: ignore[return-value]
+
+
+def _product(a: Array, b: Array) -> tuple[Array, Array]:
+    """a * b and what its rounding lost (Dekker 1971)."""
+    exponent, significand = (11, 26) if a.dtype == jnp.float64 else (8, 11)
+    (ah, al), (bh, bl) = ((h, x - h) for x in (a, b) for h in [lax.reduce_precision(x, exponent, significand)])
+    product = a * b
+    return product, ((ah * bh - product) + ah * bl + al * bh) + al * bl
+
+
+def _sum_of_squares(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """(groups,) twice, of float32 or float64; whatever overflows or underflows does.
+
+    A large group is first summed to some lanes in plain arithmetic, which is the pass that costs time.
+    """
+    if math.prod(x.shape[a] for a in axes) <= 2 * _LANES:
+        pair = _product(x, x)
     else:
-        squares = jnp.square(x if x.dtype == jnp.float64 else x.astype(jnp.float32))
-    return jnp.sum(squares, axis=axes, keepdims=True)
+        last, size = axes[-1], x.shape[axes[-1]]
+        lanes = max(d for d in range(1, _LANES + 1) if size % d == 0)
+        x = x.reshape(*x.shape[:last], size // lanes, lanes, *x.shape[last + 1 :])
+        partial = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+        pair, axes = (partial, jnp.zeros_like(partial)), (*axes, last + 1)
+    return tuple(part.ravel() for part in _total(pair, axes))  # type: ignore[return-value]
 
 
-def _scaled_norm(x: Array, axes: tuple[int, ...]) -> Norm:
-    """By scaling with a power of two, right for every input; kept at length 1 over `axes`."""
-    wide, bits = _wide(x)
-    inner = (*axes, x.ndim) if wide.ndim > x.ndim else axes
-    top = _top(bits, inner)
-    lifted, top_lifted, shift = _lift_if_tiny(wide, bits, top)
-    exponent = _exponent(top_lifted, wide.dtype)
-    squares = jnp.square(_times_power(lifted, -exponent))
-    mantissa = _mantissa(jnp.sum(squares, axis=inner, keepdims=True), top)
-    exponent = jnp.where(top == 0, 0, exponent - shift)
-    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    return Norm(mantissa.reshape(shape), exponent.reshape(shape))
+def _root(total: Array, low: Array) -> Norm:
+    """The root of a sum of squares between 2^-60 and 2^126, or of 0."""
+    safe = jnp.where(total > 0, total, 1)
+    root = jnp.sqrt(safe)
+    square, rest = _product(root, root)
+    error = ((safe - square) - rest + low) / (2 * root)
+    exponent = _exponent(lax.bitcast_convert_type(root, _format(root.dtype).bits), root.dtype)
+    power = _power(-exponent, root.dtype)
+    return Norm(jnp.where(total > 0, root * power, total), exponent, jnp.where(total > 0, error * power, 0))
 
 
 def _is_safe(sums: Array) -> Array:
-    return (sums >= _SAFE) & (sums < jnp.inf)
+    return (sums >= _SAFE[0]) & (sums < _SAFE[1])
+
+
+def _rows(x: Array, axes: tuple[int, ...]) -> Array:
+    """(groups, entries of one), widened."""
+    kept = [a for a in range(x.ndim) if a not in axes]
+    rows = jnp.transpose(x, (*kept, *axes)).reshape(math.prod(x.shape[a] for a in kept), -1)
+    return widen(rows).reshape(rows.shape[0], -1)
+
+
+def _joined(arrays: tuple[Array, ...], axes: Sequence[tuple[int, ...]]) -> tuple[list, list, np.ndarray]:
+    """The same groups with those of small arrays as the rows of one: a program for each leaf compiles long.
+
+    Returns:
+      the widened arrays; their axes; and the place of every group of the arguments among theirs.
+    """
+    sizes = [math.prod(n for i, n in enumerate(x.shape) if i not in a) for x, a in zip(arrays, axes, strict=True)]
+    small = [
+        k <= 32 and x.size <= 256 * k and x.size > 0 and x.dtype != jnp.float64
+        for k, x in zip(sizes, arrays, strict=True)
+    ]
+    order = sorted(range(len(arrays)), key=lambda i: not small[i])
+    ends = np.cumsum([0] + [sizes[i] for i in order])
+    place = np.concatenate([np.arange(ends[order.index(i)], ends[order.index(i) + 1]) for i in range(len(arrays))])
+    wide = [widen(x) for x, is_small in zip(arrays, small, strict=True) if not is_small]
+    inner = [(*a, x.ndim) if jnp.iscomplexobj(x) else a for x, a, s in zip(arrays, axes, small, strict=True) if not s]
+    if any(small):
+        rows = [_rows(x, a) for x, a, s in zip(arrays, axes, small, strict=True) if s]
+        width = max(r.shape[1] for r in rows)
+        padded = [jnp.pad(r, ((0, 0), (0, width - r.shape[1]))) for r in rows]
+        wide, inner = [jnp.concatenate(padded), *wide], [(1,), *inner]
+    return wide, inner, place
 
 
 def _norms(arrays: tuple[Array, ...], axes: tuple[tuple[int, ...], ...], union: bool) -> Norm:
-    sums = [_sum_of_squares(*each).ravel() for each in zip(arrays, axes, strict=True)]
-    dtype = max((x.dtype for x in sums), key=lambda dtype: dtype.itemsize)
-    sizes = np.cumsum([0] + [x.size for x in sums])
-    flat = jnp.concatenate([x.astype(dtype) for x in sums])
-    total = jnp.sum(flat, keepdims=True) if union else flat
-    root = jnp.sqrt(jnp.where(_is_safe(total), total, 1))
-    exponent = _exponent(lax.bitcast_convert_type(root, _format(dtype).bits), dtype)
-    plain = Norm(root * _power(-exponent, dtype), exponent)
+    wide, inner, place = _joined(arrays, axes)
+    dtype = max((x.dtype for x in wide), key=lambda dtype: dtype.itemsize)
+    join = lambda parts: jnp.concatenate([part.astype(dtype) for part in parts])
+    total, low = (join(parts) for parts in zip(*map(_sum_of_squares, wide, inner), strict=True))
+    sizes = [math.prod(n for i, n in enumerate(x.shape) if i not in a) for x, a in zip(wide, inner, strict=True)]
+    cuts = np.cumsum([0, *sizes])
+    if union:
+        total, low = (part[None] for part in _total((total, low), (0,)))
+    safe = _is_safe(total)
+    plain = _root(jnp.where(safe, total, 1), jnp.where(safe, low, 0))
 
-    def careful(i):
-        value = _scaled_norm(arrays[i], axes[i])
-        return Norm(value.mantissa.ravel().astype(dtype), value.exponent.ravel())
+    def tops(i):
+        """Per group the height of the largest magnitude, and whether that is 0: finite, 1: inf, 2: NaN."""
+        f, bits = _format(wide[i].dtype), _bits(wide[i])
+        top = jnp.max(bits, axis=inner[i], initial=0).ravel()
+        infinity = _int((2 * f.bias + 1) << f.significand, f)
+        return _height(top, wide[i].dtype), (top >= infinity).astype(jnp.int32) + (top > infinity).astype(jnp.int32)
+
+    def scaled_sum(i, height):
+        shape = [1 if a in inner[i] else n for a, n in enumerate(wide[i].shape)]
+        exponent = jnp.broadcast_to(height, (int(cuts[i + 1] - cuts[i]),)).reshape(shape)
+        return _sum_of_squares(_times_power(*_countable(wide[i], _limited(-exponent, wide[i].dtype))), inner[i])
+
+    def finish(total, low, height, special):
+        value = _root(total.astype(dtype), low.astype(dtype))
+        mantissa = jnp.where(special == 0, value.mantissa, jnp.where(special == 1, jnp.inf, jnp.nan).astype(dtype))
+        finite = (special == 0) & (height > -5000)
+        return Norm(mantissa, jnp.where(finite, value.exponent + height, 0), jnp.where(finite, value.low, 0))
 
     def group(i):
         """The groups of array i: those that are safe as they are, the others by scaling."""
-        part = slice(int(sizes[i]), int(sizes[i + 1]))
-        safe = _is_safe(flat[part])
-        kept = Norm(plain.mantissa[part], plain.exponent[part])
-        choose = lambda: jax.tree.map(lambda a, b: jnp.where(safe, a, b), kept, careful(i))
-        return lax.cond(_any_lane(jnp.any(~safe)), choose, lambda: kept)
+        part = slice(int(cuts[i]), int(cuts[i + 1]))
+        kept, safe_ones = jax.tree.map(lambda x: x[part], plain), safe[part]
+
+        def careful():
+            height, special = tops(i)
+            value = finish(*scaled_sum(i, height), height, special)
+            return jax.tree.map(lambda a, b: jnp.where(safe_ones, a, b), kept, value)
+
+        return lax.cond(_any_lane(jnp.any(~safe_ones)), careful, lambda: kept)
 
     def all_careful():
+        indices = range(len(wide))
         if not union:
-            parts = [group(i) for i in range(len(arrays))]
-            return Norm(jnp.concatenate([p.mantissa for p in parts]), jnp.concatenate([p.exponent for p in parts]))
-        each = [careful(i) for i in range(len(arrays))]
-        value = jax.tree.map(lambda x: x.reshape(1), combine(each))
-        return jax.tree.map(lambda a, b: jnp.where(_is_safe(total), a, b), plain, value)
+            return jax.tree.map(lambda *parts: jnp.concatenate(parts), *map(group, indices))
+        height, special = (jnp.max(jnp.concatenate(parts)) for parts in zip(*map(tops, indices), strict=True))
+        sums = (join(parts) for parts in zip(*(scaled_sum(i, height) for i in indices), strict=True))
+        value = finish(*_total(tuple(sums), (0,)), height, special)
+        return jax.tree.map(lambda a, b: jnp.where(safe, a, b[None]), plain, value)
 
     # a loop of none or one turn: XLA copies the operands of a `cond`, and those of a loop it does not change stay put
-    unsafe = _any_lane(jnp.any(~_is_safe(total)))
-    start = (unsafe, *plain)
-    _, mantissa, exponent = lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), *all_careful()), start)
-    return Norm(mantissa, exponent)
+    start = (_any_lane(jnp.any(~safe)), plain)
+    value = lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), all_careful()), start)[1]
+    return value if union or np.all(np.diff(place) == 1) else jax.tree.map(lambda part: part[place], value)
 
 
 _norms = jax.custom_jvp(jax.jit(_norms, static_argnums=(1, 2)), nondiff_argnums=(1, 2))
@@ -251,7 +297,8 @@ def _(axes, union, primals, tangents):
         )
         out.append(_times_power(jnp.sum(product, axis=inner, keepdims=True), -e).ravel())
     tangent = sum(out[1:], out[0]) if union else jnp.concatenate(out)
-    return value, Norm(tangent, np.zeros(value.exponent.shape, jax.dtypes.float0))  # type: ignore[arg-type]
+    zero = np.zeros(value.exponent.shape, jax.dtypes.float0)
+    return value, Norm(tangent, zero, jnp.zeros_like(tangent))  # type: ignore[arg-type]
 
 
 def _checked(arrays: Sequence[Any]) -> tuple[Array, ...]:
@@ -274,7 +321,7 @@ def flat_norms(arrays: Sequence[Any], axes: Sequence[Axis]) -> Norm:
     """
     arrays = _checked(arrays)
     if not arrays:
-        return Norm(jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32))
+        return Norm(jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32))
     return _norms(arrays, tuple(_axes(*each) for each in zip(arrays, axes, strict=True)), False)
 
 
@@ -290,7 +337,7 @@ def array_norm(x: Any, axis: Axis = None) -> Norm:
     """
     value, axes = flat_norms([x], [axis]), _axes(x, axis)
     shape = () if axis is None else tuple(1 if a in axes else n for a, n in enumerate(jnp.shape(x)))
-    return Norm(value.mantissa.reshape(shape), value.exponent.reshape(shape))
+    return jax.tree.map(lambda part: part.reshape(shape), value)
 
 
 def norm(tree: PyTree) -> Norm:
@@ -305,9 +352,8 @@ def norm(tree: PyTree) -> Norm:
     """
     leaves = _checked([x for x in jax.tree.leaves(tree) if jnp.size(x)])
     if not leaves:
-        return Norm(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-    value = _norms(leaves, tuple(_axes(x, None) for x in leaves), True)
-    return Norm(value.mantissa[0], value.exponent[0])
+        return Norm(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    return jax.tree.map(lambda part: part[0], _norms(leaves, tuple(_axes(x, None) for x in leaves), True))
 
 
 def combine(norms: Sequence[Norm]) -> Norm:
@@ -323,7 +369,7 @@ def combine(norms: Sequence[Norm]) -> Norm:
 
 def union(norms: Norm) -> Norm:
     """`combine` over the first axis of a `Norm`."""
-    mantissa, exponent = norms
+    mantissa, exponent = norms.mantissa, norms.exponent
     alive = mantissa != 0  # NaN and inf too: with exponent 0 they need no place of their own
     lowest = jnp.asarray(jnp.iinfo(jnp.int32).min // 2, jnp.int32)
     largest = jnp.max(jnp.where(alive, exponent, lowest), axis=0, initial=jnp.iinfo(jnp.int32).min // 2)
@@ -342,26 +388,43 @@ def of_number(value: Any, dtype: Any = jnp.float32) -> Norm:
 
 def greater(a: Norm, b: Norm) -> Array:
     """a > b without leaving (mantissa, exponent); False where either is NaN."""
-    dtype = a.mantissa.dtype
-    (m, e), (n, f) = ((jnp.frexp(x.mantissa)) for x in (a, b))
-    gap = jnp.clip(e.astype(jnp.int32) + a.exponent - f.astype(jnp.int32) - b.exponent, -4, 4)
-    return _times_power(m, gap) > n.astype(dtype)  # normalised mantissas differ by less than 2 ** 2
+    a, b = normal(a), normal(b)
+    gap = jnp.clip(a.exponent - b.exponent, -4, 4)
+    return _times_power(a.mantissa, gap) > b.mantissa.astype(a.mantissa.dtype)  # both in [1/2, 1)
 
 
 def divide(a: Norm, b: Norm) -> Norm:
-    """a / b, for a factor to `multiply` with."""
-    return Norm(a.mantissa.astype(b.mantissa.dtype) / b.mantissa, a.exponent - b.exponent)
+    """a / b, for a factor to `multiply` with; rounded once where `low` is known."""
+    x, y = a.mantissa.astype(b.mantissa.dtype), b.mantissa
+    quotient = x / y
+    if a.low is not None or b.low is not None:
+        product, rest = _product(quotient, y)
+        error = (x - product) - rest
+        error = error if a.low is None else error + a.low.astype(y.dtype)
+        error = error if b.low is None else error - quotient * b.low
+        quotient = quotient + error / y
+    return Norm(quotient, a.exponent - b.exponent)
+
+
+def product(a: Norm, b: Norm) -> Norm:
+    """a * b, with what the rounding lost."""
+    x, y = a.mantissa.astype(b.mantissa.dtype), b.mantissa
+    mantissa, low = _product(x, y)
+    low = low if a.low is None else low + a.low.astype(y.dtype) * y
+    low = low if b.low is None else low + x * b.low
+    return Norm(mantissa, a.exponent + b.exponent, low)
 
 
 def normal(value: Norm) -> Norm:
-    """The same number with mantissa in [1/2, 1) (or minus that), exponent 0 where it is zero."""
-    mantissa, shift = jnp.frexp(value.mantissa)
-    return Norm(mantissa, jnp.where(mantissa == 0, 0, value.exponent + shift.astype(jnp.int32)))
+    """The same number with mantissa in [1/2, 1) (or minus that), exponent 0 where it is zero; without `low`."""
+    shift = _exponent(_bits(value.mantissa), value.mantissa.dtype)
+    exponent = jnp.where(value.mantissa == 0, 0, value.exponent + shift)
+    return Norm(_times_power(value.mantissa, -shift), exponent)
 
 
 def times(*factors: Norm) -> Norm:
     """The product of numbers of either sign."""
-    mantissa, exponent = factors[0]
+    mantissa, exponent = factors[0].mantissa, factors[0].exponent
     for factor in factors[1:]:
         mantissa, exponent = mantissa * factor.mantissa.astype(mantissa.dtype), exponent + factor.exponent
     return normal(Norm(mantissa, exponent))
@@ -413,17 +476,14 @@ def multiply(x: Array, factor: Norm, shrinks: bool = False) -> Array:
       shrinks: whether the factor is known to be at most 1 wherever the result is used. Then no subnormal number can
         become a normal one, the pass over `x` that looks for them is left out, and the product is one that XLA fuses.
     """
-    wide, bits = _wide(x)
-    mantissa, exponent = factor.mantissa.astype(wide.dtype), factor.exponent
-    if wide.ndim > jnp.ndim(x) and mantissa.ndim:  # complex
-        mantissa, exponent = mantissa[..., None], exponent[..., None]
-    unit, shift = jnp.frexp(mantissa)
-    exponent = exponent + shift.astype(jnp.int32)
-    if not shrinks:
-        wide, _, lift = _lift_if_tiny(wide, bits, _top(bits, None).reshape(()))
-        exponent = exponent - lift
-    limit = 2 * _format(wide.dtype).bias
-    out = _times_power(wide * unit, jnp.clip(exponent, -limit, limit))
+    wide = widen(x)
+    factor = normal(Norm(factor.mantissa.astype(wide.dtype), factor.exponent))
+    if wide.ndim > jnp.ndim(x) and factor.mantissa.ndim:  # complex
+        factor = jax.tree.map(lambda part: part[..., None], factor)
+    value, exponent = (wide, factor.exponent - 1) if shrinks else _countable(wide, factor.exponent - 1)
+    exponent = _limited(exponent, wide.dtype)
+    down = jnp.clip(exponent >> 1, 1 - _format(wide.dtype).bias, 0)  # in an order that leaves the range at the end only
+    out = _times_power(value * _power(down, wide.dtype) * (2 * factor.mantissa), exponent - down)
     if jnp.iscomplexobj(x):
         return lax.complex(out[..., 0], out[..., 1]).astype(jnp.asarray(x).dtype)
     return out.astype(jnp.asarray(x).dtype)
@@ -435,15 +495,14 @@ def assemble(x: Array, exponent: Array) -> Array:
     A subnormal result is put together as the integer that its bits are, since arithmetic would flush it to zero.
     """
     f = _format(x.dtype)
-    mantissa, shift = jnp.frexp(x)
-    exponent = exponent + shift.astype(jnp.int32)  # |mantissa| in [1/2, 1)
+    mantissa, exponent, _ = normal(Norm(x, exponent))  # |mantissa| in [1/2, 1)
     is_subnormal = (exponent < 2 - f.bias) & jnp.isfinite(x)
     place = jnp.clip(exponent + f.bias - 1 + f.significand, -2, f.significand + 1)
     integer = jnp.round(jnp.abs(_times_power(mantissa, place))).astype(f.bits)
     subnormal = lax.bitcast_convert_type(jnp.where(is_subnormal, integer, 0), x.dtype)
     limit = 2 * f.bias
-    normal = _times_power(mantissa, jnp.clip(exponent, -limit, limit))
-    return jnp.where(is_subnormal, jnp.copysign(subnormal, x), normal)
+    plain = _times_power(mantissa, jnp.clip(exponent, -limit, limit))
+    return jnp.where(is_subnormal, jnp.copysign(subnormal, x), plain)
 
 
 def normalize(tree: PyTree) -> tuple[PyTree, Array]:
@@ -465,8 +524,8 @@ def normalize(tree: PyTree) -> tuple[PyTree, Array]:
 
 def array_norm_max(x: Any) -> Norm:
     """The largest magnitude of an array (of a complex one: of its parts), with mantissa in [1/2, 1)."""
-    wide, bits = _wide(x)
-    top = _top(bits, None).reshape(())
-    value, top_lifted, shift = _lift_if_tiny(lax.bitcast_convert_type(top, wide.dtype), top, top)
-    exponent = _exponent(top_lifted, wide.dtype)
-    return Norm(_mantissa(jnp.square(_times_power(value, -exponent)), top), jnp.where(top == 0, 0, exponent - shift))
+    wide = widen(x)
+    top = jnp.max(_bits(wide), initial=0)
+    value = lax.bitcast_convert_type(top, wide.dtype)
+    height = jnp.where(jnp.isfinite(value) & (top > 0), _height(top, wide.dtype), 0)
+    return Norm(_times_power(*_countable(value, -height)), height)

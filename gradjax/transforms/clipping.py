@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -49,7 +50,7 @@ def clip(max_delta: Number) -> optax.GradientTransformationExtraArgs:
     def one(x):
         if jnp.iscomplexobj(x):
             size = jax.vmap(scale.array_norm)(x.ravel())
-            size = Norm(size.mantissa.reshape(x.shape), size.exponent.reshape(x.shape))
+            size = jax.tree.map(lambda part: part.reshape(x.shape), size)
             return limit_to(x, size, scale.of_number(max_delta))
         bound = jnp.asarray(max_delta, x.dtype)
         over = jnp.abs(x) > bound
@@ -158,8 +159,11 @@ def clip_by_block_rms(threshold: Number, stacked: Stacked = None) -> optax.Gradi
 
     def limit(x, param, size, group):
         count = max(x.size // max(size.mantissa.size, 1), 1)
-        rms = scale.of_number(threshold, size.mantissa.dtype)
-        return Norm(rms.mantissa * jnp.sqrt(jnp.asarray(count, rms.mantissa.dtype)), rms.exponent)
+        root = np.sqrt(count)
+        high = jnp.asarray(root, size.mantissa.dtype)
+        low = jnp.asarray(root - np.asarray(root, size.mantissa.dtype), high.dtype)
+        rms = scale.of_number(threshold, high.dtype)
+        return scale.product(rms, Norm(high, jnp.zeros((), jnp.int32), low))
 
     return by_group("clip_by_block_rms", layer_axes, limit, stacked)
 
@@ -199,13 +203,10 @@ def adaptive_grad_clip(
     def limit(x, param, size, group):
         of_param = scale.array_norm(param, group)
         dtype = size.mantissa.dtype
-        floor = scale.of_number(eps, dtype)
+        floor = scale.of_number(eps, dtype)._replace(low=jnp.zeros((), dtype))
         use_floor = scale.greater(floor, of_param)
-        mantissa = jnp.where(use_floor, floor.mantissa, of_param.mantissa.astype(dtype))
-        factor = scale.of_number(clipping, dtype)
-        return Norm(
-            mantissa * factor.mantissa, jnp.where(use_floor, floor.exponent, of_param.exponent) + factor.exponent
-        )
+        floored = jax.tree.map(lambda a, b: jnp.where(use_floor, a, b.astype(a.dtype)), floor, of_param)
+        return scale.product(scale.of_number(clipping, dtype), floored)
 
     return by_group("adaptive_grad_clip", unit_axes, limit, stacked, needs_params=True)
 
@@ -281,8 +282,7 @@ def prune_gradients(
         rows = x.reshape((*shape, -1))
         size = scale.array_norm(rows, ())
         nan = jnp.isnan(size.mantissa)
-        mantissa, shift = jnp.frexp(jnp.where(nan, jnp.inf, size.mantissa))
-        exponent = size.exponent + shift.astype(jnp.int32)
+        mantissa, exponent, _ = scale.normal(size._replace(mantissa=jnp.where(nan, jnp.inf, size.mantissa)))
         exponent = jnp.where(size.mantissa == 0, jnp.iinfo(jnp.int32).min, exponent)
         exponent = jnp.where(jnp.isfinite(size.mantissa), exponent, jnp.iinfo(jnp.int32).max - nan.astype(jnp.int32))
         place = jnp.broadcast_to(jnp.arange(rows.shape[-1]), rows.shape)

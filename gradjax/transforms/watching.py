@@ -83,6 +83,8 @@ def watch(
             before = {k: old[k] for k in fields}, jnp.full((), -1, jnp.int32)
             turn = lambda carry: (jnp.zeros_like(carry[0]), measure(updates, out, params))
             _, (seen, bad) = jax.lax.while_loop(lambda c: c[0], turn, (old["count"] % every == 0, before))
+        # never true: it orders the measurement before the step in place, which would else need a copy of the parameters
+        out = jax.tree.map(lambda u: jnp.where(bad < -1, jnp.zeros_like(u), u), out)
         first = (old["first_bad_step"] < 0) & (bad >= 0)
         marks = {
             "first_bad_leaf": jnp.where(first, bad, old["first_bad_leaf"]),

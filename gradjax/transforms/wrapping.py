@@ -36,7 +36,7 @@ def leaf_norms(trees: Sequence[PyTree], stacked: Stacked = None) -> tuple[list[N
     sizes = [x.shape[0] if flag else 1 for x, flag in zip(leaves[0], flags, strict=True)]
     cuts = [slice(k * sum(sizes), (k + 1) * sum(sizes)) for k in range(len(trees))]
     leaf_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    return [Norm(value.mantissa[cut], value.exponent[cut]) for cut in cuts], leaf_of
+    return [jax.tree.map(lambda part, cut=cut: part[cut], value) for cut in cuts], leaf_of
 
 
 def first_bad(norms: Sequence[Norm], leaf_of: np.ndarray) -> Array:
