@@ -70,7 +70,9 @@ def panel(axis, runs, title, ylabel="loss"):
     axis.axvline(ACCIDENT, color="0.8", zorder=0)
     axis.set(title=title, xlabel="step", ylabel=ylabel)
     axis.title.set_fontsize(10)
-    axis.legend(fontsize=8, frameon=False)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
+    axis.legend(fontsize=8, frameon=False, loc="upper right")
 
 
 def clipping(path):
@@ -86,7 +88,8 @@ def clipping(path):
         axes[0].loglog(sizes * np.sqrt(8), np.where(norms > 0, norms, 1e-44), style, label=name)
     axes[0].set(xlabel="norm of the gradient", ylabel="norm of the update", title="float32; at the bottom: zero")
     axes[0].title.set_fontsize(10)
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].set_ylim(1e-46, 1e8)
+    axes[0].legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.42, 0.12))
     sgd = lambda: optax.sgd(0.1, momentum=0.9)
     rules = {"clip_by_global_norm": gt.clip_by_global_norm(1.0), "clip_by_layer_norm": gt.clip_by_layer_norm(1.0)}
     rules |= {"zclip": gt.zclip(), "adaptive_grad_clip": gt.adaptive_grad_clip(0.05)}
@@ -139,8 +142,10 @@ def projections(path):
     }.items():
         axis.plot(bound(rule), label=name)
     axis.axhline(1.5, color="0.8", zorder=0)
+    axis.set_ylim(1.35, 2.6)
     axis.set(title="largest singular value of the middle layer, SGD at 0.3", xlabel="step", ylabel="sigma")
-    axis.legend(fontsize=8, frameon=False)
+    axis.title.set_fontsize(10)
+    axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=3)
     save(figure, path)
 
 
