@@ -193,8 +193,9 @@ def _is_safe(sums: Array) -> Array:
 def _rows(x: Array, axes: tuple[int, ...]) -> Array:
     """(groups, entries of one), widened."""
     kept = [a for a in range(x.ndim) if a not in axes]
-    rows = jnp.transpose(x, (*kept, *axes)).reshape(math.prod(x.shape[a] for a in kept), -1)
-    return widen(rows).reshape(rows.shape[0], -1)
+    count = math.prod(x.shape[a] for a in kept)
+    rows = widen(jnp.transpose(x, (*kept, *axes)))
+    return rows.reshape(count, rows.size // max(count, 1))
 
 
 def _joined(arrays: tuple[Array, ...], axes: Sequence[tuple[int, ...]]) -> tuple[list, list, np.ndarray]:
@@ -205,7 +206,7 @@ def _joined(arrays: tuple[Array, ...], axes: Sequence[tuple[int, ...]]) -> tuple
     """
     sizes = [math.prod(n for i, n in enumerate(x.shape) if i not in a) for x, a in zip(arrays, axes, strict=True)]
     small = [
-        k <= 32 and x.size <= 256 * k and x.size > 0 and x.dtype != jnp.float64
+        k <= 32 and x.size <= 256 * k and x.dtype not in (jnp.float64, jnp.complex128)
         for k, x in zip(sizes, arrays, strict=True)
     ]
     order = sorted(range(len(arrays)), key=lambda i: not small[i])
@@ -325,6 +326,22 @@ def flat_norms(arrays: Sequence[Any], axes: Sequence[Axis]) -> Norm:
     return _norms(arrays, tuple(_axes(*each) for each in zip(arrays, axes, strict=True)), False)
 
 
+def split(flat: PyTree, arrays: Sequence[Any], axes: Sequence[Axis]) -> list[PyTree]:
+    """What `flat_norms` of the same arguments returned (or any tree of its shape) for each array, all axes kept."""
+    start, found = 0, []
+    for x, axis in zip(arrays, axes, strict=True):
+        inner = _axes(x, axis)
+        shape = tuple(1 if a in inner else n for a, n in enumerate(jnp.shape(x)))
+        part, start = slice(start, start + math.prod(shape)), start + math.prod(shape)
+        found.append(jax.tree.map(lambda y, part=part, shape=shape: y[part].reshape(shape), flat))
+    return found
+
+
+def array_norms(arrays: Sequence[Any], axes: Sequence[Axis]) -> list[Norm]:
+    """`array_norm` of each, all axes kept, cheaper than one by one."""
+    return split(flat_norms(arrays, axes), arrays, axes)
+
+
 def array_norm(x: Any, axis: Axis = None) -> Norm:
     """Euclidean norm of an array over `axis` (all axes by default), with the reduced axes kept at length 1.
 
@@ -335,9 +352,8 @@ def array_norm(x: Any, axis: Axis = None) -> Norm:
     Returns:
       `Norm` of the shape of `x` with the axes of the group at length 1, or of shape () for all axes.
     """
-    value, axes = flat_norms([x], [axis]), _axes(x, axis)
-    shape = () if axis is None else tuple(1 if a in axes else n for a, n in enumerate(jnp.shape(x)))
-    return jax.tree.map(lambda part: part.reshape(shape), value)
+    value = array_norms([x], [axis])[0]
+    return jax.tree.map(lambda part: part.reshape(()), value) if axis is None else value
 
 
 def norm(tree: PyTree) -> Norm:
@@ -431,8 +447,7 @@ def times(*factors: Norm) -> Norm:
 
 
 def plus(a: Norm, b: Norm) -> Norm:
-    """a + b of numbers of either sign."""
-    a, b = normal(a), normal(b)
+    """a + b of numbers of either sign, each as `normal` returns it."""
     larger = jnp.where(b.mantissa == 0, a.exponent, jnp.maximum(a.exponent, b.exponent))
     shared = jnp.where(a.mantissa == 0, b.exponent, larger)
     part = lambda x: _times_power(x.mantissa, jnp.clip(x.exponent - shared, -100, 0))

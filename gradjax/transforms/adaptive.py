@@ -29,8 +29,8 @@ from jax.core import Tracer
 
 from gradjax import scale
 from gradjax.scale import Norm
-from gradjax.transforms.clipping import Number, limit_to
-from gradjax.transforms.rule import Outcome, Stacked, check_number, layer_axes, rule, stacked_leaves
+from gradjax.transforms.clipping import Number, layer_norm, limit_to
+from gradjax.transforms.rule import Outcome, Stacked, check_number, columns, layer_axes, rule, stacked_leaves
 
 PyTree = Any
 
@@ -79,7 +79,7 @@ def by_history(
         out = jax.tree.map(lambda x: limit_to(x, size, limit)[0], updates)
         clipped = (scale.greater(size, limit) & jnp.isfinite(size.mantissa)).astype(jnp.float32)
         memory = _where(_known(size), after, memory)
-        return Outcome(out, memory, scale.log2(size), clipped, {"log2_threshold": scale.log2(limit)})
+        return Outcome(out, scale.log2(size), clipped, memory, {"log2_threshold": scale.log2(limit)})
 
     return rule(name, update, lambda params: start(jax.eval_shape(scale.norm, params).mantissa.dtype))
 
@@ -242,46 +242,38 @@ def adagc(
         check_number(f"adagc: {name}", value)
     _check_decay("adagc: beta", beta)
 
-    def sizes(tree):
+    def axes_of(tree):
         flags = jax.tree.leaves(stacked_leaves(stacked, tree))
-        pairs = zip(jax.tree.leaves(tree), flags, strict=True)
-        return [scale.normal(scale.array_norm(x, layer_axes(x, flag))) for x, flag in pairs], flags
+        return [layer_axes(x, flag) for x, flag in zip(jax.tree.leaves(tree), flags, strict=True)]
 
-    flat = lambda x, flag: x.reshape(x.shape[: int(flag)])
+    sizes = lambda tree: scale.normal(scale.flat_norms(jax.tree.leaves(tree), axes_of(tree)))
 
     def init(params):
-        norms, flags = sizes(params)
-        gammas = [_zero(n.mantissa.dtype, flat(n.mantissa, flag).shape) for n, flag in zip(norms, flags, strict=True)]
-        return {"gamma": gammas, "count": jnp.zeros((), jnp.int32)}
+        of_groups = jax.eval_shape(sizes, params).mantissa
+        return {"gamma": _zero(of_groups.dtype, of_groups.shape), "count": jnp.zeros((), jnp.int32)}
 
     def update(updates, memory, params):
         leaves, structure = jax.tree.flatten(updates)
-        whole = scale.normal(scale.norm(updates))
+        whole, size, gamma = scale.normal(scale.norm(updates)), sizes(updates), memory["gamma"]
         is_warm = memory["count"] >= warmup_steps
-        absolute = scale.greater(whole, scale.of_number(lambda_abs)) & jnp.isfinite(whole.mantissa)
-
-        def one(x, size, old, flag):
-            number = lambda value: scale.of_number(value, size.mantissa.dtype)
-            gamma = jax.tree.map(lambda part: part.reshape(size.mantissa.shape), old)
-            has_gamma = gamma.mantissa > 0
-            limit = _where(has_gamma, scale.times(number(lambda_rel), gamma), _none(size))
-            over = jnp.where(is_warm, scale.greater(size, limit), absolute) & jnp.isfinite(size.mantissa)
-            factor = _where(is_warm, scale.divide(limit, size), scale.divide(number(lambda_abs), whole))
-            out = jnp.where(over, scale.multiply(x, factor), x)
-            kept = _where(over, scale.times(size, factor), size)
-            average = scale.plus(scale.times(number(beta), gamma), scale.times(number(1 - beta), kept))
-            smallest = _where(scale.greater(gamma, kept), kept, gamma)
-            new = _where(has_gamma, _where(is_warm, average, smallest), kept)
-            new = jax.tree.map(lambda part: flat(part, flag), _where(_known(size), new, gamma))
-            told = scale.log2(_where(is_warm, limit, _none(size)))
-            return out, new, *(flat(part, flag) for part in (scale.log2(size), over.astype(jnp.float32), told))
-
-        norms, flags = sizes(updates)
-        done = [one(*each) for each in zip(leaves, norms, memory["gamma"], flags, strict=True)]
-        out, gammas, log2_norm, clipped, told = zip(*done, strict=True) if done else ((),) * 5
-        tree = lambda column: jax.tree.unflatten(structure, column)
-        memory = {"gamma": list(gammas), "count": memory["count"] + 1}
-        return Outcome(tree(out), memory, tree(log2_norm), tree(clipped), {"log2_threshold": tree(told)})
+        number = lambda value: scale.of_number(value, size.mantissa.dtype)
+        has_gamma = gamma.mantissa > 0
+        limit = _where(has_gamma, scale.times(gamma, number(lambda_rel)), _none(size))
+        absolute = scale.greater(whole, number(lambda_abs)) & jnp.isfinite(whole.mantissa)
+        over = jnp.where(is_warm, scale.greater(size, limit), absolute) & jnp.isfinite(size.mantissa)
+        factor = _where(is_warm, scale.divide(limit, size), scale.divide(number(lambda_abs), whole))
+        kept = _where(over, scale.times(size, factor), size)
+        average = scale.plus(scale.times(gamma, number(beta)), scale.times(kept, number(1 - beta)))
+        smallest = _where(scale.greater(gamma, kept), kept, gamma)
+        new = _where(has_gamma, _where(is_warm, average, smallest), kept)
+        told = (scale.log2(size), over.astype(jnp.float32), scale.log2(_where(is_warm, limit, _none(size))))
+        axes, done = axes_of(updates), []
+        for x, group, row in zip(leaves, axes, scale.split((factor, over, told), leaves, axes), strict=True):
+            out = jnp.where(row[1], scale.multiply(x, row[0], shrinks=True), x)
+            done.append((out, *(part.reshape(x.shape[: x.ndim - len(group)]) for part in row[2])))
+        out, log2_norm, clipped, told = columns(structure, done, 4)
+        memory = {"gamma": _where(_known(size), new, gamma), "count": memory["count"] + 1}
+        return Outcome(out, log2_norm, clipped, memory, {"log2_threshold": told})
 
     return rule("adagc", update, init)
 
@@ -322,18 +314,17 @@ def spam(
         check_number(f"spam: {name}", value)
     _check_decay("spam: decay", decay)
     inner = optax.with_extra_args_support(inner)
-    entries = lambda x: scale.normal(scale.array_norm(x, ()))
+    entries = lambda leaves: [scale.normal(size) for size in scale.array_norms(leaves, [()] * len(leaves))]
 
     def init(params):
-        moments = [jax.tree.map(jnp.zeros_like, entries(x)) for x in jax.tree.leaves(params)]
+        moments = [_zero(x.mantissa.dtype, x.mantissa.shape) for x in jax.eval_shape(entries, jax.tree.leaves(params))]
         return {"inner": inner.init(params), "root_moment": moments, "count": jnp.zeros((), jnp.int32)}
 
     def update(updates, memory, params):
         leaves, structure = jax.tree.flatten(updates)
         count = memory["count"]
 
-        def one(x, moment):
-            size = entries(x)
+        def one(x, moment, size):
             dtype = size.mantissa.dtype
             number = lambda value: scale.of_number(jnp.sqrt(jnp.asarray(value, dtype)), dtype)
             has_moment = (moment.mantissa > 0) & (count >= min_history)
@@ -343,20 +334,19 @@ def spam(
             parts = [scale.times(moment, number(decay)), scale.times(kept, number(1 - decay))]
             new = scale.normal(scale.combine(parts))
             share = jnp.mean(over.astype(jnp.float32)) if x.size else jnp.zeros((), jnp.float32)
-            return out, _where(_known(size), new, moment), scale.log2(scale.array_norm(x)), share
+            return out, scale.log2(layer_norm(size, False)), share, _where(_known(size), new, moment)
 
-        done = [one(*each) for each in zip(leaves, memory["root_moment"], strict=True)]
-        out, moments, log2_norm, clipped = zip(*done, strict=True) if done else ((),) * 4
-        tree = lambda column: jax.tree.unflatten(structure, column)
+        done = [one(*each) for each in zip(leaves, memory["root_moment"], entries(leaves), strict=True)]
+        out, log2_norm, clipped = columns(structure, done, 3)
         after = count % jnp.asarray(reset_every, jnp.int32)
         is_reset = (count > 0) & (after == 0)
         start = inner.init(updates if params is None else params)
-        result, state = inner.update(tree(out), _where(is_reset, start, memory["inner"]), params)
+        result, state = inner.update(out, _where(is_reset, start, memory["inner"]), params)
         turn = jnp.pi * after.astype(jnp.float32) / (jnp.asarray(warmup_steps, jnp.float32) + 1)
         share = jnp.where((count >= reset_every) & (after < warmup_steps), 1 - 0.495 * (1 + jnp.cos(turn)), 1.0)
         result = jax.tree.map(lambda x: jnp.where(share == 1, x, x * share.astype(x.dtype)), result)
-        memory = {"inner": state, "root_moment": list(moments), "count": count + 1}
+        memory = {"inner": state, "root_moment": [row[3] for row in done], "count": count + 1}
         extra = {"reset": is_reset.astype(jnp.int32), "warmup": share}
-        return Outcome(result, memory, tree(log2_norm), tree(clipped), extra)
+        return Outcome(result, log2_norm, clipped, memory, extra)
 
     return rule("spam", update, init)

@@ -21,7 +21,7 @@ from jax import Array
 
 from gradjax import scale
 from gradjax.scale import Norm
-from gradjax.transforms.rule import Outcome, Stacked, check_number, layer_axes, rule, stacked_leaves
+from gradjax.transforms.rule import Outcome, Stacked, check_number, columns, layer_axes, rule, stacked_leaves
 
 PyTree = Any
 Number = float | Array
@@ -62,7 +62,7 @@ def clip(max_delta: Number) -> optax.GradientTransformationExtraArgs:
         done = [one(x) for x in leaves]
         size = max(sum(x.size for x in leaves), 1)
         clipped = sum((jnp.sum(over, dtype=jnp.float32) for _, over in done), jnp.zeros((), jnp.float32)) / size
-        return Outcome(jax.tree.unflatten(structure, [x for x, _ in done]), memory, log2_norm, clipped)
+        return Outcome(jax.tree.unflatten(structure, [x for x, _ in done]), log2_norm, clipped)
 
     return rule("clip", update)
 
@@ -83,7 +83,7 @@ def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformationExtraAr
         limit = scale.of_number(max_norm, size.mantissa.dtype)
         clipped = scale.greater(size, limit) & jnp.isfinite(size.mantissa)
         out = jax.tree.map(lambda x: limit_to(x, size, limit)[0], updates)
-        return Outcome(out, memory, scale.log2(size), clipped.astype(jnp.float32))
+        return Outcome(out, scale.log2(size), clipped.astype(jnp.float32))
 
     return rule("clip_by_global_norm", update)
 
@@ -91,7 +91,7 @@ def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformationExtraAr
 def by_group(
     name: str,
     axes: Callable[[Array, bool], tuple[int, ...]],
-    limit: Callable[[Array, Array | None, Norm, tuple[int, ...]], Norm],
+    limit: Callable[[Array, Norm], Norm],
     stacked: Stacked,
     needs_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,35 +100,39 @@ def by_group(
     Args:
       name: of the rule.
       axes: (leaf, is it stacked?) -> the axes that form one group.
-      limit: (leaf, its parameter or None, norms, axes) -> the largest norm allowed, broadcasting against the norms.
+      limit: (leaf, norms of its groups or, with `needs_params`, of its parameters') -> the largest norms allowed.
       stacked: as in `stacked_leaves`.
-      needs_params: whether `limit` reads the parameters.
+      needs_params: whether `limit` reads the parameters' norms.
     """
-
-    def one(x, is_stacked, param):
-        if not x.size:
-            return x, jnp.full((), -jnp.inf, jnp.float32), jnp.zeros((), jnp.float32)
-        group = axes(x, is_stacked)
-        size = scale.array_norm(x, group)
-        out, over = limit_to(x, size, limit(x, param, size, group))
-        layers = layer_axes(x, is_stacked)
-        whole = scale.log2(scale.array_norm(x, layers))
-        share = jnp.mean(jnp.broadcast_to(over, size.mantissa.shape).astype(jnp.float32), axis=layers)
-        return out, whole.reshape(whole.shape[: int(is_stacked)]), share
 
     def update(updates, memory, params):
         if needs_params and params is None:
             raise ValueError(f"{name}: its threshold depends on the parameters; call update(grads, state, params).")
         leaves, structure = jax.tree.flatten(updates)
         flags = jax.tree.leaves(stacked_leaves(stacked, updates))
-        of_params = jax.tree.leaves(params) if needs_params else [None] * len(leaves)
-        done = [one(*each) for each in zip(leaves, flags, of_params, strict=True)]
-        out, log2_norm, clipped = (
-            (jax.tree.unflatten(structure, column) for column in zip(*done, strict=True)) if done else (updates,) * 3
-        )
-        return Outcome(out, memory, log2_norm, clipped)
+        groups = [axes(x, flag) for x, flag in zip(leaves, flags, strict=True)]
+        sizes = scale.array_norms(leaves, groups)
+        of_params = scale.array_norms(jax.tree.leaves(params), groups) if needs_params else sizes
+        done = []
+        for x, flag, size, param in zip(leaves, flags, sizes, of_params, strict=True):
+            out, over = limit_to(x, size, limit(x, param))
+            share = layer_rows(over.astype(jnp.float32), flag)
+            share = jnp.mean(share, axis=-1) if x.size else jnp.zeros(share.shape[:-1], jnp.float32)
+            done.append((out, scale.log2(layer_norm(size, flag)), share))
+        return Outcome(*columns(structure, done, 3))
 
     return rule(name, update)
+
+
+def layer_rows(x: Array, is_stacked: bool) -> Array:
+    """(layers, rest) of a stacked leaf, else (rest,)."""
+    return x.reshape(x.shape[0], -1) if is_stacked and x.size else x.reshape((*x.shape[: int(is_stacked)], x.size))
+
+
+def layer_norm(size: Norm, is_stacked: bool) -> Norm:
+    """The norm of a leaf, () or (layers,), from those of its groups."""
+    first = jax.tree.map(lambda part: jnp.moveaxis(layer_rows(part, is_stacked), -1, 0), size)
+    return jax.tree.map(lambda part: part[0], first) if len(first.mantissa) == 1 else scale.union(first)
 
 
 def clip_by_layer_norm(max_norm: Number, stacked: Stacked = None) -> optax.GradientTransformationExtraArgs:
@@ -141,7 +145,7 @@ def clip_by_layer_norm(max_norm: Number, stacked: Stacked = None) -> optax.Gradi
       stacked: the leaves whose first axis is the layer of a scan: a prefix tree of bools or a predicate on the path.
     """
     check_number("clip_by_layer_norm: max_norm", max_norm)
-    limit = lambda x, param, size, group: scale.of_number(max_norm, size.mantissa.dtype)
+    limit = lambda x, size: scale.of_number(max_norm, size.mantissa.dtype)
     return by_group("clip_by_layer_norm", layer_axes, limit, stacked)
 
 
@@ -157,7 +161,7 @@ def clip_by_block_rms(threshold: Number, stacked: Stacked = None) -> optax.Gradi
     """
     check_number("clip_by_block_rms: threshold", threshold)
 
-    def limit(x, param, size, group):
+    def limit(x, size):
         count = max(x.size // max(size.mantissa.size, 1), 1)
         root = np.sqrt(count)
         high = jnp.asarray(root, size.mantissa.dtype)
@@ -200,9 +204,8 @@ def adaptive_grad_clip(
     check_number("adaptive_grad_clip: clipping", clipping)
     check_number("adaptive_grad_clip: eps", eps)
 
-    def limit(x, param, size, group):
-        of_param = scale.array_norm(param, group)
-        dtype = size.mantissa.dtype
+    def limit(x, of_param):
+        dtype = of_param.mantissa.dtype
         floor = scale.of_number(eps, dtype)._replace(low=jnp.zeros((), dtype))
         use_floor = scale.greater(floor, of_param)
         floored = jax.tree.map(lambda a, b: jnp.where(use_floor, a, b.astype(a.dtype)), floor, of_param)
@@ -241,16 +244,15 @@ def normalize_by_norm(
         if not per_layer:
             size = scale.norm(updates)
             changes = one(jnp.zeros(()), size)[1]
-            return Outcome(jax.tree.map(lambda x: one(x, size)[0], updates), memory, scale.log2(size), changes)
+            return Outcome(jax.tree.map(lambda x: one(x, size)[0], updates), scale.log2(size), changes)
         leaves, structure = jax.tree.flatten(updates)
         flags = jax.tree.leaves(stacked_leaves(stacked, updates))
-        sizes = [scale.array_norm(x, layer_axes(x, flag)) for x, flag in zip(leaves, flags, strict=True)]
-        done = [one(x, size) for x, size in zip(leaves, sizes, strict=True)]
-        per_group = lambda values: jax.tree.unflatten(
-            structure, [v.reshape(v.shape[: int(flag)]) for v, flag in zip(values, flags, strict=True)]
-        )
-        out = jax.tree.unflatten(structure, [x for x, _ in done])
-        return Outcome(out, memory, per_group(map(scale.log2, sizes)), per_group(c for _, c in done))
+        sizes = scale.array_norms(leaves, [layer_axes(x, flag) for x, flag in zip(leaves, flags, strict=True)])
+        done = []
+        for x, size, flag in zip(leaves, sizes, flags, strict=True):
+            out, changes = one(x, size)
+            done.append((out, scale.log2(layer_norm(size, flag)), layer_rows(changes, flag)[..., 0]))
+        return Outcome(*columns(structure, done, 3))
 
     return rule("normalize_by_norm", update)
 
@@ -275,12 +277,12 @@ def prune_gradients(
     """
     jax.tree.map(lambda share: check_number("prune_gradients: sparsity", share, 0.0, 1.0), sparsity)
 
-    def one(x, share, is_stacked):
+    def one(x, share, is_stacked, size):
         shape = x.shape[:1] if is_stacked else ()
         if not x.size:
             return x, jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
-        rows = x.reshape((*shape, -1))
-        size = scale.array_norm(rows, ())
+        rows, whole = layer_rows(x, is_stacked), scale.log2(layer_norm(size, is_stacked))
+        size = jax.tree.map(lambda part: part.reshape(rows.shape), size)
         nan = jnp.isnan(size.mantissa)
         mantissa, exponent, _ = scale.normal(size._replace(mantissa=jnp.where(nan, jnp.inf, size.mantissa)))
         exponent = jnp.where(size.mantissa == 0, jnp.iinfo(jnp.int32).min, exponent)
@@ -291,7 +293,6 @@ def prune_gradients(
         number = jnp.round(jnp.asarray(share, jnp.float32) * rows.shape[-1]).astype(jnp.int32)
         dropped = rank >= rows.shape[-1] - number if largest else rank < number
         out = jnp.where(dropped, jnp.zeros((), x.dtype), rows).reshape(x.shape)
-        whole = scale.log2(scale.array_norm(x, layer_axes(x, is_stacked))).reshape(shape)
         return out, whole, jnp.mean(dropped.astype(jnp.float32), axis=-1)
 
     def update(updates, memory, params):
@@ -304,11 +305,9 @@ def prune_gradients(
                 f"prune_gradients: sparsity {jax.tree.structure(sparsity)} is no prefix of the updates' {structure}; "
                 "pass one number or a prefix tree of numbers."
             ) from error
-        done = [one(*each) for each in zip(leaves, jax.tree.leaves(spread), flags, strict=True)]
-        out, log2_norm, clipped = (
-            (jax.tree.unflatten(structure, column) for column in zip(*done, strict=True)) if done else (updates,) * 3
-        )
-        return Outcome(out, memory, log2_norm, clipped)
+        sizes = scale.array_norms(leaves, [()] * len(leaves))
+        done = [one(*each) for each in zip(leaves, jax.tree.leaves(spread), flags, sizes, strict=True)]
+        return Outcome(*columns(structure, done, 3))
 
     return rule("prune_gradients", update)
 
@@ -353,7 +352,7 @@ def per_example_clip(max_norm: Number) -> optax.GradientTransformationExtraArgs:
             )
 
         over = scale.greater(size, limit) & jnp.isfinite(size.mantissa)
-        return Outcome(jax.tree.map(one, updates), memory, jnp.max(scale.log2(size)), _share(over))
+        return Outcome(jax.tree.map(one, updates), jnp.max(scale.log2(size)), _share(over))
 
     tx = rule("per_example_clip", update)
     of_one = lambda params: jax.tree.map(lambda x: jnp.asarray(x)[None], params)

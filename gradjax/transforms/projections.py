@@ -25,7 +25,7 @@ from jax import Array
 from gradjax import scale
 from gradjax.scale import Norm
 from gradjax.transforms.clipping import limit_to, unit_axes
-from gradjax.transforms.rule import Outcome, PyTree, Stacked, check_number, layer_axes, rule, stacked_leaves
+from gradjax.transforms.rule import Outcome, PyTree, Stacked, check_number, columns, layer_axes, rule, stacked_leaves
 
 Number = float | Array
 Projected = tuple[Array, Array, PyTree]  # the point, where it was moved (broadcasts against it), memory
@@ -69,8 +69,7 @@ def projection(
         flags = jax.tree.leaves(stacked_leaves(stacked, updates))
         of_params = structure.flatten_up_to(params)
         done = [one(*each) for each in zip(steps, of_params, flags, memory, strict=True)]
-        out, size, share = (jax.tree.unflatten(structure, [each[k] for each in done]) for k in range(3))
-        return Outcome(out, tuple(each[3] for each in done), size, share)
+        return Outcome(*columns(structure, done, 3), memory=tuple(each[3] for each in done))
 
     return rule(name, update, init)
 
@@ -227,6 +226,6 @@ def add_l1(strength: Number) -> optax.GradientTransformationExtraArgs:
             raise ValueError("add_l1: it adds the sign of the parameters; call update(grads, state, params).")
         add = lambda g, p: g + jnp.asarray(strength, g.dtype) * jnp.sign(p).astype(g.dtype)
         share = jnp.zeros((), jnp.float32)
-        return Outcome(jax.tree.map(add, updates, params), memory, scale.log2(scale.norm(updates)), share)
+        return Outcome(jax.tree.map(add, updates, params), scale.log2(scale.norm(updates)), share)
 
     return rule("add_l1", update)

@@ -10,7 +10,7 @@ that. Its structure is fixed, so it lives in `lax.scan` and in a checkpoint; its
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,9 +38,9 @@ class Outcome(NamedTuple):
     """What a rule returns for one step."""
 
     updates: PyTree
-    memory: PyTree
     log2_norm: PyTree  # before the rule; inf and NaN as they came
     clipped: PyTree  # the share in [0, 1] of what the rule changed, of the structure of log2_norm
+    memory: PyTree = ()
     extra: dict[str, PyTree] = {}  # further telemetry
 
 
@@ -147,6 +147,11 @@ def stacked_leaves(stacked: Stacked, tree: PyTree) -> PyTree:
     if any(scalar):
         raise ValueError("stacked: a scalar leaf has no layer axis; leave it out of `stacked`.")
     return named
+
+
+def columns(structure: Any, rows: Sequence[tuple], count: int) -> list[PyTree]:
+    """The `count` trees whose leaves are the columns of rows, one row for each leaf of the structure."""
+    return [jax.tree.unflatten(structure, [row[k] for row in rows]) for k in range(count)]
 
 
 def layer_axes(x: Array, is_stacked: bool) -> tuple[int, ...]:
