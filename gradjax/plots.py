@@ -3,6 +3,7 @@
 `diagnosis_figure` is drawn for a page's full width and stays readable at one column's (half of it).
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -143,9 +144,146 @@ def _product_panel(ax: Axes, ds: xr.Dataset) -> None:
             float(np.median(ds[name])) / LOG10
             for name in ("log_product_rms", "theory_log_product_rms", "theory_sd_log_product_rms")
         )
-        _theory(ax, index, ds, "log_product_rms", rf"rms $10^{{{rms:.1f}}}$, theory $10^{{{mean:.1f}\pm{sd:.1f}}}$")
+        label = rf"theory $10^{{{mean:.1f}\pm{sd:.1f}}}$" + "\n" + rf"of rms $10^{{{rms:.1f}}}$"
+        _theory(ax, index, ds, "log_product_rms", label)
     finite = values[np.isfinite(values)] / LOG10
     for limit, name in zip(FLOAT32, ("smallest", "largest"), strict=True):
         if finite.size and finite.min() < limit < finite.max():
             ax.axhline(limit, color=ORANGE, lw=1, ls="-.", label=f"{name} float32")
     ax.axhline(0, color=GREY, lw=1, ls=":")
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+def _band(ax: Axes, x: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    """Median over the first axis, with the band of the quartiles and the thin range of all."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    with warnings.catch_warnings():  # a column without a finite value has no quantile: a gap
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, first, middle, third, high = np.nanquantile(values, [0, 0.25, 0.5, 0.75, 1], axis=0)
+    ax.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
+    ax.fill_between(x, first, third, color=color, alpha=0.25, lw=0)
+    ax.plot(x, middle, color=color, lw=1.8, label=label)
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over blocks of `window` steps: a thousand batches are more ink than information."""
+    count = values.shape[-1] // window
+    return values[..., : count * window].reshape(*values.shape[:-1], count, window).mean(-1)
+
+
+def training_figure(ds: xr.Dataset, title: str = "") -> Figure:
+    """Four panels of a `gradjax.train` dataset over its seeds: loss, score, gradient norm, gradient per layer.
+
+    Args:
+      ds: a dataset of `gradjax.sweep` whose members are seeds alone.
+      title: above the panels.
+    """
+    import matplotlib.pyplot as plt
+
+    window = max(1, ds.sizes["step"] // 200)
+    step = (np.arange(ds.sizes["step"] // window) + 1) * window
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(7.4, 6.0), layout="constrained")
+        evaluation = ds["evaluation"].values
+        ax = axes[0, 0]
+        _band(ax, step, _smooth(ds["loss"].values, window), BLUE, "training batches")
+        _band(ax, evaluation, ds["validation_loss"].values, ORANGE, "validation")
+        ax.set(title="Loss", xlabel="step", yscale="log")
+        ax.legend()
+        ax = axes[0, 1]
+        _band(ax, step, _smooth(ds["score"].values, window), BLUE, "training batches")
+        _band(ax, evaluation, ds["validation_score"].values, ORANGE, "validation")
+        ax.axhline(ds.attrs["target"], color=GREY, lw=1, ls="--", label="target")
+        ax.set(title="Score", xlabel="step")
+        ax.legend(loc="lower right")
+        ax = axes[1, 0]
+        _band(ax, step, _smooth(ds["log_gradient_norm"].values, window) / LOG10, GREEN, "before clipping")
+        _log_axis(ax, "Gradient norm", "step", "norm")
+        ax = axes[1, 1]
+        layer = np.arange(1, ds.sizes["layer"] + 1)
+        last = ds.sizes["evaluation"] - 1
+        for i, color in ((0, ORANGE), (last, GREEN))[: 1 + bool(last)]:
+            values = ds["layer_log_gradient_norm"].values[:, i] / LOG10
+            _band(ax, layer, values, color, f"step {evaluation[i]}")
+        if len(layer) == 1:
+            ax.lines[0].set_marker("o")
+            ax.lines[-1].set_marker("o")
+        _log_axis(ax, "Gradient per layer", "hidden layer $l$", r"norm $\|\partial\mathcal{L}/\partial\theta_l\|$")
+        ax.legend()
+        frozen = int((ds["diverged_at"].values >= 0).sum())
+        count = f"{int(ds['trained'].sum())} of {ds['trained'].size} seeds trained" + f", {frozen} diverged" * bool(
+            frozen
+        )
+        figure.suptitle(f"{title}: {count}" if title else count, fontsize=12)
+    return figure
+
+
+def sweep_figure(ds: xr.Dataset, title: str = "") -> Figure:
+    """Final loss, share of seeds trained and share diverged over the plane of a sweep's two first dimensions.
+
+    Args:
+      ds: a dataset of `gradjax.sweep`. Over one dimension it draws lines; a third and further ones are drawn at their
+        best setting, which the title names.
+      title: above the panels.
+    """
+    import matplotlib.pyplot as plt
+
+    dims = [str(dim) for dim in ds["trained"].dims if dim != "seed"]
+    loss = ds["validation_loss"].ffill("evaluation").isel(evaluation=-1).median("seed")
+    trained = ds["trained"].astype(float).mean("seed")
+    diverged = (ds["diverged_at"] >= 0).astype(float).mean("seed")
+    notes = ""
+    if len(dims) > 2:
+        best = trained.stack(setting=dims).fillna(-1).argmax("setting")
+        chosen = {dim: trained.stack(setting=dims).isel(setting=best)[dim].item() for dim in dims[2:]}
+        loss, trained, diverged = (x.sel(chosen) for x in (loss, trained, diverged))
+        notes = " at " + ", ".join(f"{name} = {_short(value)}" for name, value in chosen.items())
+    with plt.rc_context(STYLE):
+        width = 8.6 if len(dims) > 1 else 7.4
+        figure, axes = plt.subplots(1, 3, figsize=(width, 3.2), layout="constrained", sharex=True)
+        shown = ((loss, "Median final loss"), (trained, "Share trained"), (diverged, "Share diverged"))
+        for ax, (values, name) in zip(axes, shown, strict=True):
+            if len(dims) == 1:
+                _line_panel(ax, values, dims[0], name)
+            else:
+                _plane_panel(figure, ax, values, dims[:2], name)
+        figure.suptitle(f"{title}{notes}: {ds.sizes['seed']} seeds per setting", fontsize=12)
+    return figure
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _line_panel(ax: Axes, values: xr.DataArray, dim: str, name: str) -> None:
+    ax.plot(np.arange(values.size), values.values, "o-", color=BLUE)
+    ax.set(title=name, xlabel=dim)
+    ax.set_xticks(np.arange(values.size), [_short(x) for x in values[dim].values.tolist()], rotation=45)
+    if name.startswith("Share"):
+        ax.set_ylim(-0.05, 1.05)
+
+
+def _plane_panel(figure: Figure, ax: Axes, values: xr.DataArray, dims: list[str], name: str) -> None:
+    """A heat map; the loss on a log scale, cut at ten times that of guessing nothing."""
+    from matplotlib.colors import LogNorm
+
+    grid, share = values.transpose(*dims).values.astype(float), name.startswith("Share")
+    options: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "viridis" if "trained" in name else "magma_r"}
+    if not share:
+        known = grid[np.isfinite(grid) & (grid > 0)]
+        low = known.min() if known.size else 0.1
+        high = min(known.max() if known.size else 1.0, 1e3 * low)
+        options = {"norm": LogNorm(low, max(high, 2 * low)), "cmap": "viridis_r"}
+    image = ax.imshow(np.where(np.isfinite(grid), grid, np.nan), origin="lower", aspect="auto", **options)
+    ax.set_facecolor("#dddddd")
+    for axis, dim in ((ax.yaxis, dims[0]), (ax.xaxis, dims[1])):
+        ticks = values[dim].values.tolist()
+        every = max(1, len(ticks) // 8)
+        axis.set_ticks(np.arange(len(ticks))[::every], [_short(x) for x in ticks[::every]])
+        axis.set_label_text(dim)
+    ax.tick_params(axis="x", rotation=45)
+    ax.grid(False)
+    ax.set_title(name)
+    figure.colorbar(image, ax=ax, shrink=0.9)

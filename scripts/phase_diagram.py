@@ -3,7 +3,7 @@
     python scripts/phase_diagram.py tanh.png --activation tanh --points 60
 
 Four panels over (sigma_w, sigma_b): the length q*, the factor chi_1 of the squared gradient per layer, and the depth
-scales xi_q and xi_c. The black line is the edge of chaos, chi_1 = 1; white is where the length has no limit.
+scales xi_q and xi_c. The line is the edge of chaos, chi_1 = 1; blank is where the length has no limit.
 Schoenholz et al. 2017 (arXiv 1611.01232). 60 x 60 points take a few seconds on two cores.
 """
 
@@ -44,17 +44,17 @@ def main() -> None:
         (r"depth scale of correlations, $\log_{10}\xi_c$", np.log10(diagram.xi_c), "magma", (-0.5, 2)),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharex=True, sharey=True, layout="constrained")
-    for axis, (title, values, colours, (low, high)) in zip(axes.flat, panels, strict=True):
+    for row, axis, (title, values, colours, (low, high)) in zip((0, 0, 1, 1), axes.flat, panels, strict=True):
         values = np.ma.masked_invalid(np.asarray(values).T)
         mesh = axis.pcolormesh(sigma_w, sigma_b, values, cmap=colours, vmin=low, vmax=high, shading="nearest")
         figure.colorbar(mesh, ax=axis)
-        axis.plot(critical, sigma_b, "k-", lw=2, label="edge of chaos, $\\chi_1 = 1$")
+        axis.plot(critical, sigma_b, "kw"[row], lw=2, label="edge of chaos, $\\chi_1 = 1$")
         axis.set(title=title, xlim=args.sigma_w, ylim=args.sigma_b)
     for axis in axes[-1]:
         axis.set_xlabel(r"$\sigma_w$")
     for axis in axes[:, 0]:
         axis.set_ylabel(r"$\sigma_b$")
-    axes[0, 0].legend(loc="upper right")
+    axes[0, 0].legend(loc="lower right")
     axes[0, 1].text(0.3, 0.9, "ordered:\nvanishing", transform=axes[0, 1].transAxes, ha="center", va="top")
     axes[0, 1].text(0.8, 0.25, "chaotic:\nexploding", transform=axes[0, 1].transAxes, ha="center", va="top")
     figure.suptitle(f"Mean field phase diagram, {args.activation}")

@@ -67,14 +67,14 @@ def draw(ax, values, curve, limit, low, zeros):
         lines.append(f"atom: {curve.atom_mass:.3f} (measured {at_atom.mean():.3f})")
     if curve.zero_mass > 0:
         lines.append(
-            f"zeros: {curve.zero_mass:.3f}, {zeros:.3f} at this width (measured {np.mean(values == -np.inf):.3f})"
+            f"zeros: {curve.zero_mass:.3f}; at this width\n{zeros:.3f} (measured {np.mean(values == -np.inf):.3f})"
         )
     if not curve.mass.any():
         lines.append("every singular value is 1")
         ax.set_yticks([])
     ax.text(0.03, 0.95, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=8)
     ax.set_xlim(low, high)
-    ax.set_ylim(0, 1.25 * ax.get_ylim()[1])  # room for the atoms' line
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the atoms' line
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -106,7 +106,7 @@ def densities(path, depth=16, width=256, lanes=10):
             ax.set_xlabel("log singular value (nats)")
     for ax in axes[:, 0]:
         ax.set_ylabel("density (per nat)")
-    axes[1, 2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.62))
+    axes[1, 2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.56))
     fig.suptitle(f"Critical layer products: depth {depth}, {lanes} networks of width {width}", fontsize=12)
     fig.savefig(path, dpi=160)
 

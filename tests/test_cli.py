@@ -29,6 +29,7 @@ def diagnose(tmp_path, capsys):
 def test_a_verdict_is_a_result_with_table_and_files(diagnose, tmp_path):
     status, out, _ = diagnose(CONFIGS / "demo.toml", *SMALL)
     assert status == 0
+    assert "theory: +0.2" in out and "standard errors" in out
     assert "exploding_gradients" in out and "nats per layer" in out and "hidden_40" in out
     folder = tmp_path / "runs" / "demo"
     assert {p.name for p in folder.iterdir()} == {

@@ -53,25 +53,25 @@ def distance(name, factor=1.0):
 
 @pytest.mark.parametrize("names", [FAST, pytest.param(tuple(NETWORKS), marks=pytest.mark.slow)], ids=["two", "all"])
 def test_measured_growth_agrees_and_sigma_w_5_percent_off_does_not(names, report):
-    """Jointly, by chi-squared over the networks; each of the wrong theories is rejected by itself."""
+    """By chi-squared, p > 1e-3, jointly over the networks; the same criterion rejects each wrong theory by itself."""
     z = np.array([distance(name) for name in names])
     report("theory beside a diagnosis, standard errors", np.abs(z).max())
     p = lambda z: stats.chi2.sf(np.sum(np.square(z)), np.size(z))
     assert p(z) > 1e-3, dict(zip(names, z, strict=True))
     for name in names:
-        assert p(distance(name, 1.05)) < 1e-6 and p(distance(name, 0.95)) < 1e-6, name
+        assert p(distance(name, 1.05)) < 1e-3 and p(distance(name, 0.95)) < 1e-3, name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_activations_and_the_layer_product_agree(name):
-    """The mean over 16 seeds within 3 standard errors of their own; per layer Jacobian within 2%."""
+    """The mean over 16 seeds by Student's t, p > 1e-3; the mean gain of a layer within 2%."""
     ds = measure(experiment(name, **{"diagnose.spectrum_seeds": 16}))
     for variable in ("log_activation_rms", "log_product_rms"):
         seeds = np.asarray(ds[variable]).reshape(16, -1)[:, -1]
         z = (seeds.mean() - ds["theory_" + variable].values.ravel()[-1]) / (seeds.std(ddof=1) / 4)
-        assert abs(z) < stats.t.isf(1e-3, 15), (variable, z)
-    np.testing.assert_allclose(ds.log_gain.mean("spectrum_seed"), ds.theory_log_gain, atol=0.06)
+        assert abs(z) < stats.t.isf(5e-4, 15), (variable, z)
+    assert abs(float((ds.log_gain - ds.theory_log_gain).mean())) < 0.02
 
 
 def single(activation, sigma_w, sigma_b, weights="gaussian", depth=200, width=64):
