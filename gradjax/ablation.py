@@ -1,16 +1,18 @@
 """`sweep`: one compiled program trains every seed at every setting -> one labelled dataset.
 
-The members of a program (settings x seeds) are cut into blocks of `lanes` members, which one vmap trains; the devices
-take a block each, and rounds follow one another until all blocks are done. What a block computes does not depend on
-the others, on the number of devices, or on the process that runs it: its program is the same everywhere, so results
-are equal bit for bit at the same lane width (which is recorded). With `train.shard = "batch"` it is the batch that is
-spread over the devices instead, and a round is one block.
+The members of a program (settings x seeds) are cut into blocks of `lanes` members, which one vmap trains; workers
+take one block after the other until all are done. A worker is an accelerator, or a thread of a CPU (XLA runs two
+executions at a time on one CPU device if two threads ask). What a block computes does not depend on the others, on the
+number of workers, or on the process that runs it: its program is that of one device everywhere (a program partitioned
+over devices differs in its last bits), so results are equal bit for bit at the same lane width, which is recorded.
+With `train.shard = "batch"` there is one worker, and the batch is spread over all devices.
 
 With a folder, a finished block is a file in `shards/` and an unfinished one a checkpoint in `checkpoints/`: what is
 killed at any moment goes on from there, in another number of processes too. Processes of a cluster (`jax.distributed`)
 share the blocks out and talk to each other only at the start and at the end.
 
-Cost: one compilation per static setting, and one more where `train.eval_every` does not divide `train.num_steps`.
+Cost: one compilation per static setting (and accelerator), and one more where `train.eval_every` does not divide
+`train.num_steps`.
 """
 
 import contextlib
@@ -18,9 +20,12 @@ import dataclasses
 import json
 import math
 import os
+import queue
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gradjax import checkpoint, config, grid, results, tasks, training
 from gradjax.config import ConfigError, Experiment
@@ -39,8 +44,8 @@ from gradjax.training import Problem, Record, State
 from gradjax.transforms import CAUSES, leaf_name
 
 PyTree = Any
-MEMBERS, BATCH = "members", "batch"
-# Multiply-adds of one layer's product that keep a CPU core busy: below it lanes share the cost of starting an operation.
+BATCH = "batch"
+# Multiply-adds of one layer's product that keep a CPU core busy; below it lanes share the cost of starting it.
 CPU_WORK = 8_000_000
 MAX_CPU_LANES = 32
 MEMORY_SHARE = 0.8  # of what is free
@@ -52,8 +57,8 @@ class Plan:
 
     members: int
     lanes: int  # members in one vmap
-    devices: int  # blocks at a time
-    memory: int  # bytes predicted by the compiled program's own analysis, all devices together
+    workers: int  # blocks at a time
+    memory: int  # bytes predicted by the compiled program's own analysis, all workers together
     notes: tuple[str, ...] = ()
 
     @property
@@ -62,8 +67,7 @@ class Plan:
         return math.ceil(self.members / self.lanes)
 
     def __str__(self) -> str:
-        rounds = math.ceil(self.blocks / self.devices)
-        text = f"{self.members} members = {self.lanes} lanes x {self.devices} devices x {rounds} rounds"
+        text = f"{self.members} members in {self.blocks} blocks of {self.lanes} lanes, {self.workers} at a time"
         return "; ".join([f"{text}, {self.memory / 2**20:,.0f} MiB predicted", *self.notes])
 
 
@@ -78,12 +82,21 @@ class Progress(NamedTuple):
     diverged: int = 0  # so far
 
 
+def rule_for_workers(experiment: Experiment) -> int:
+    """Blocks at a time: one per accelerator, per core of a CPU, and one alone where the batch is spread."""
+    if experiment.train.shard == BATCH:
+        return 1
+    if jax.default_backend() == "cpu":
+        return max(jax.local_device_count(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    return jax.local_device_count()
+
+
 def rule_for_lanes(experiment: Experiment, members: int) -> int:
-    """Members in one vmap: a device's share of all on an accelerator; on a CPU as many as make an operation worth starting.
+    """Members in one vmap: a worker's share of all on an accelerator, on a CPU what makes an operation worth starting.
 
     Measured on two cores (seeds x steps per second over PyTorch's): 784-256-10 is fastest at 1 lane, 20 x 128 at 4.
     """
-    share = math.ceil(members / jax.local_device_count()) if experiment.train.shard == MEMBERS else members
+    share = math.ceil(members / (rule_for_workers(experiment) * jax.process_count()))
     if jax.default_backend() != "cpu":
         return share
     work = experiment.task.batch_size * experiment.model.width**2
@@ -91,10 +104,10 @@ def rule_for_lanes(experiment: Experiment, members: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that a program may still take on the devices of this process."""
+    """Bytes that a program may still take on a device of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return (stats["bytes_limit"] - stats["bytes_in_use"]) * jax.local_device_count()
+        return stats["bytes_limit"] - stats["bytes_in_use"]
     with contextlib.suppress(OSError):  # Linux: what programs may take, page cache included
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -106,75 +119,69 @@ def free_memory() -> int:
 
 
 class Program(NamedTuple):
-    """The functions of one static setting, on arrays with leading axes (blocks at a time, lanes)."""
+    """The compiled functions of one static setting on one device, for arrays with a leading axis of lanes."""
 
     start: Callable  # (keys, hparams) -> State
     chunk: Callable  # (State, hparams, data) -> (State, Record)
-    tail: Callable | None  # the last, shorter chunk
+    tail: Callable  # the last chunk, which may be shorter
     test: Callable  # (State, hparams, data) -> Scores
-    like: tuple[State, Record]  # shapes of one block: its state, and the record of one chunk
-    place: Callable  # arrays of the host -> arrays on the devices
-    data: Splits  # on the devices
+    like: tuple[State, Record]  # shapes of a block's state and of the record of one chunk
+    place: Callable  # a tree of host arrays -> on the device
+    data: Splits  # on the device
     memory: int
 
 
-def _program(problem: Problem, names: list[str], data: Splits, lanes: int, devices: list) -> Program:
-    """Trace and compile a program for blocks of `lanes` members on `devices`."""
-    train = problem.experiment.train
-    by_member = train.shard == MEMBERS
-    mesh = Mesh(np.array(devices), (train.shard,))
-    spec = PartitionSpec(MEMBERS) if by_member else PartitionSpec()
-    sharding, everywhere = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec())
-    if not by_member:
+def _program(problem: Problem, names: list[str], data: Splits, lanes: int, device: Any) -> Program:
+    """Trace and compile a program for blocks of `lanes` members."""
+    train, where = problem.experiment.train, SingleDeviceSharding(device)
+    if train.shard == BATCH:
+        mesh = Mesh(np.array(jax.devices()), (BATCH,))
+        where = NamedSharding(mesh, PartitionSpec())
         problem = dataclasses.replace(problem, batch_sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
-    blocks = len(devices) if by_member else 1
 
-    def over(f: Callable, *shared: Any, donate: tuple[int, ...] = ()) -> Callable:
-        inner = jax.vmap(f, in_axes=(0, 0, *[None] * len(shared)))
+    def compiled(f: Callable, *args: PyTree, donate: tuple[int, ...] = ()) -> Any:
+        vmapped = jax.vmap(f, in_axes=(0, 0, None)[: len(args)])
+        described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
+        return jax.jit(vmapped, donate_argnums=donate, out_shardings=where).lower(*described).compile()
 
-        def outer(first, second, *shared):
-            here = jax.tree.map(lambda x: x[0], (first, second))
-            return jax.tree.map(lambda x: x[None], inner(*here, *shared))
+    def chunk(num_steps: int) -> Any:
+        run = lambda s, h, d: training.run_chunk(s, h, d, problem, num_steps)
+        return compiled(run, state, hparams, data, donate=(0,))
 
-        if by_member:
-            everyone = [PartitionSpec()] * len(shared)
-            outer = jax.shard_map(outer, mesh=mesh, in_specs=(spec, spec, *everyone), out_specs=spec, check_vma=False)
-        return jax.jit(outer, donate_argnums=donate, out_shardings=sharding)
-
-    def chunk(num_steps: int) -> Callable:
-        run = over(lambda s, h, d: training.run_chunk(s, h, d, problem, num_steps), data, donate=(0,))
-        return run.lower(state, hparams, data).compile()
-
-    described = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-    place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
-    data = jax.tree.map(lambda x: jax.device_put(x, everywhere), data)
-    start = over(lambda k, h: training.init(k, h, problem))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (blocks, lanes)))
-    hparams = described({name: jax.ShapeDtypeStruct((blocks, lanes), jnp.float32) for name in names})
-    state = described(jax.eval_shape(start, keys, hparams))
-    first, last = min(train.eval_every, train.num_steps), train.num_steps % train.eval_every
-    compiled = chunk(first)
-    tail = chunk(last) if last and first < train.num_steps else None
-    sizes = compiled.memory_analysis()
+    place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, where), tree)
+    data = place(data)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), lanes))
+    hparams = {name: jax.ShapeDtypeStruct((lanes,), jnp.float32) for name in names}
+    start = compiled(lambda k, h: training.init(k, h, problem), keys, hparams)
+    state = start.out_info
+    whole, last = min(train.eval_every, train.num_steps), train.num_steps % train.eval_every
+    run = chunk(whole)
+    tail = chunk(last) if last and whole < train.num_steps else run
+    test = compiled(lambda s, h, d: training.evaluate(s, h, d.test, problem), state, hparams, data)
+    sizes = run.memory_analysis()
     memory = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-    memory -= sizes.alias_size_in_bytes
-    test = over(lambda s, h, d: training.evaluate(s, h, d.test, problem), data)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (state, compiled.out_info[1]))
-    return Program(start, compiled, tail, test, like, place, data, memory * len(devices))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, run.out_info[1]))
+    return Program(start, run, tail, test, like, place, data, memory - sizes.alias_size_in_bytes)
 
 
-def _fit(problem: Problem, names: list[str], data: Splits, members: int) -> tuple[Program, Plan]:
-    """The program with the rule's lanes, halved until it fits into memory."""
-    train, notes = problem.experiment.train, ()
-    by_member = train.shard == MEMBERS
+def _fit(problem: Problem, names: list[str], data: Splits, members: int) -> tuple[list[Program], Plan]:
+    """A program per worker with the rule's lanes, halved until it fits into memory."""
+    train, notes, cpu = problem.experiment.train, (), jax.default_backend() == "cpu"
     lanes = asked = min(train.lanes or rule_for_lanes(problem.experiment, members), members)
     while True:
-        devices = jax.local_devices()[: math.ceil(members / lanes)] if by_member else jax.devices()
-        program = _program(problem, names, data, lanes, devices)
-        if program.memory <= MEMORY_SHARE * free_memory() or lanes == 1:
-            return program, Plan(members, lanes, len(devices) if by_member else 1, program.memory, notes)
+        workers = min(rule_for_workers(problem.experiment), math.ceil(members / lanes))
+        first = _program(problem, names, data, lanes, jax.local_devices()[0])
+        memory = first.memory * (workers if cpu else 1)  # a CPU's workers share one memory
+        if memory <= MEMORY_SHARE * free_memory() or lanes == 1:
+            break
         lanes //= 2
-        notes = (f"lanes halved from {asked} to {lanes}: {program.memory / 2**20:,.0f} MiB would not fit",)
+        notes = (f"lanes halved from {asked} to {lanes}: {memory / 2**20:,.0f} MiB would not fit",)
+    devices = jax.local_devices()[1:workers]
+    with ThreadPoolExecutor(max(len(devices), 1)) as pool:
+        more = list(pool.map(lambda device: _program(problem, names, data, lanes, device), devices))
+    programs = [first, *more]
+    programs += [first] * (workers - len(programs))
+    return programs, Plan(members, lanes, workers, first.memory * workers, notes)
 
 
 # -- blocks ----------------------------------------------------------------------------------------------
@@ -200,20 +207,12 @@ def _join(record: Record | None, new: Record) -> Record:
     return joined._replace(frozen=new.frozen)
 
 
-def _take(tree: PyTree, i: int) -> PyTree:
-    return jax.tree.map(lambda x: x[i], tree)
-
-
-def _stack(trees: list[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
-
-
 @dataclass
 class _Cell:
     """One static setting: its program and members, and where its blocks are kept."""
 
     number: int
-    program: Program
+    programs: list[Program]  # one per worker
     plan: Plan
     experiment: Experiment
     keys: jax.Array  # (members,)
@@ -250,13 +249,14 @@ class _Cell:
     def restored(self, block: int) -> _Block:
         """The block at its newest good checkpoint, or not begun."""
         folder = self.path("checkpoints", block)
-        state, chunk = self.program.like
+        state, chunk = self.programs[0].like
 
         def like(step):
             ends = -(-step // self.experiment.train.eval_every)
-            evaluations = jax.tree.map(lambda x: _shape(x, 1, ends), (chunk.validation, chunk.signals))
-            steps = [_shape(x, 1, step, drop=1) for x in chunk[:4]]
-            return {"state": state, "record": Record(*steps, *evaluations, chunk.frozen)}
+            evaluations = jax.tree.map(lambda x: _shape(x, ends), (chunk.validation, chunk.signals))
+            steps = {name: _shape(getattr(chunk, name), step, drop=1) for name in Record._fields[:4]}
+            validation, signals = evaluations
+            return {"state": state, "record": chunk._replace(**steps, validation=validation, signals=signals)}
 
         found = checkpoint.restore(folder, like) if folder else None
         if found is None:
@@ -264,61 +264,70 @@ class _Cell:
         _agree(found.meta, self.identity(), str(folder))
         return _Block(block, found.step, found.tree["state"], found.tree["record"])
 
-    def run(self, todo: list[int], report: Callable[[list[_Block], Record], None]) -> dict[int, xr.Dataset]:
-        """Train the blocks `todo`, in rounds of as many as are spread over the devices."""
-        waiting, done = sorted((self.restored(b) for b in todo), key=lambda b: (-b.step, b.index)), {}
-        while waiting:
-            group = [b for b in waiting if b.step == waiting[0].step][: self.plan.devices]  # a round is at one step
-            waiting = [b for b in waiting if b not in group]
-            done |= self._round(group, report)
+    def run(self, todo: Sequence[int], report: Callable[["_Cell", int, Record], None]) -> dict[int, xr.Dataset]:
+        """Train the blocks `todo`; each worker takes the next one."""
+        waiting, done, stop = queue.SimpleQueue(), {}, threading.Event()
+        for block in todo:
+            waiting.put(block)
+
+        def work(program: Program) -> None:
+            with contextlib.suppress(queue.Empty):
+                while not stop.is_set():
+                    block = waiting.get_nowait()
+                    if (ds := self._train(block, program, report, stop)) is not None:
+                        done[block] = ds
+
+        with ThreadPoolExecutor(len(self.programs), thread_name_prefix="gradjax") as pool:
+            futures = [pool.submit(work, program) for program in self.programs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                stop.set()  # one that fails, or Ctrl-C, ends the others after their chunk
         return done
 
-    def _round(self, group: list[_Block], report: Callable) -> dict[int, xr.Dataset]:
-        program, train, step = self.program, self.experiment.train, group[0].step
-        full = group + [group[-1]] * (self.plan.devices - len(group))  # a device without a block repeats the last
-        members = np.stack([self.members_of(b.index) for b in full])
+    def _train(self, index: int, program: Program, report: Callable, stop: threading.Event) -> xr.Dataset | None:
+        """One block from where it stands to its end, and its dataset; None if stopped before."""
+        train, members, block = self.experiment.train, self.members_of(index), self.restored(index)
         hparams = program.place({name: values[members] for name, values in self.hparams.items()})
-        fresh = group[0].state is None
-        keys = program.place(self.keys[members])
-        state = program.start(keys, hparams) if fresh else program.place(_stack([b.state for b in full]))
-        saved = time.monotonic()
-        with contextlib.ExitStack() as stack:
-            paths = [self.path("checkpoints", b.index) for b in group]
-            writers = [stack.enter_context(checkpoint.Writer(path)) for path in paths if path is not None]
-            while step < train.num_steps and not self._at_rest(state):
-                whole = step + train.eval_every <= train.num_steps or program.tail is None
-                state, record = (program.chunk if whole else program.tail)(state, hparams, program.data)
-                step = min(step + train.eval_every, train.num_steps)
-                record = jax.tree.map(np.asarray, record)
-                for i, block in enumerate(group):
-                    block.step, block.record = step, _join(block.record, _take(record, i))
-                report(group, record)
-                last = step == train.num_steps or self._at_rest(state)
-                if (self.keep_states if last else time.monotonic() - saved >= train.checkpoint_seconds):
+        if block.state is None:
+            state = program.start(program.place(self.keys[members]), hparams)
+        else:
+            state = program.place(block.state)
+        path, saved = self.path("checkpoints", index), time.monotonic()
+        with checkpoint.Writer(path) if path else contextlib.nullcontext() as writer:
+            while not self._ended(block.step, state):
+                if stop.is_set():
+                    return None
+                left = train.num_steps - block.step
+                state, record = (program.chunk if left >= train.eval_every else program.tail)(
+                    state, hparams, program.data
+                )
+                block.step += min(train.eval_every, left)
+                block.record = _join(block.record, jax.tree.map(np.asarray, record))
+                report(self, index, block.record)
+                due = time.monotonic() - saved >= train.checkpoint_seconds
+                if writer and (self.keep_states if self._ended(block.step, state) else due):
                     saved = time.monotonic()
-                    for i, (writer, block) in enumerate(zip(writers, group, strict=False)):
-                        writer.save(step, {"state": _take(state, i), "record": block.record}, self.identity())
-            scores = program.test(state, hparams, program.data)
-        return {b.index: self._finish(b, _take(state, i), _take(scores, i)) for i, b in enumerate(group)}
-
-    def _at_rest(self, state: State) -> bool:
-        stopped = (np.asarray(state.stopped_at) >= 0) | (np.asarray(training.frozen_at(state)) >= 0)
-        return self.experiment.train.stop_at_target and bool(stopped.all())
-
-    def _finish(self, block: _Block, state: State, scores: training.Scores) -> xr.Dataset:
-        """The block's dataset, written to its shard; its checkpoints are then no longer needed."""
-        ds = _dataset(state, scores, block.record, self.experiment)
-        if path := self.path("shards", block.index):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            results.save(ds, path)
-            if not self.keep_states:
-                checkpoint.remove(self.path("checkpoints", block.index))
+                    writer.save(block.step, {"state": state, "record": block.record}, self.identity())
+        ds = _dataset(state, program.test(state, hparams, program.data), block.record, self.experiment)
+        if shard := self.path("shards", index):
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            results.save(ds, shard)
+            if path and not self.keep_states:
+                checkpoint.remove(path)
         return ds
 
+    def _ended(self, step: int, state: State) -> bool:
+        """Whether all steps are taken, or every member rests (and the config lets it)."""
+        train = self.experiment.train
+        stopped = (np.asarray(state.stopped_at) >= 0) | (np.asarray(training.frozen_at(state)) >= 0)
+        return step >= train.num_steps or (train.stop_at_target and bool(stopped.all()))
 
-def _shape(x: jax.ShapeDtypeStruct, axis: int, size: int, drop: int = 0) -> jax.ShapeDtypeStruct:
-    """The shape with an axis of `size` put in, in place of `drop` axes."""
-    return jax.ShapeDtypeStruct((*x.shape[:axis], size, *x.shape[axis + drop :]), x.dtype)
+
+def _shape(x: Any, size: int, drop: int = 0) -> jax.ShapeDtypeStruct:
+    """The shape with an axis of `size` behind the lanes, in place of `drop` axes."""
+    return jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[1 + drop :]), x.dtype)
 
 
 def _agree(meta: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
@@ -384,9 +393,7 @@ def _nested(datasets: list[xr.Dataset], static: dict[str, list]) -> xr.Dataset:
     for name in reversed(static):
         values, size = static[name], len(static[name])
         index = xr.DataArray(values, dims=name, name=name)
-        datasets = [
-            xr.concat(datasets[i : i + size], dim=index, join="outer") for i in range(0, len(datasets), size)
-        ]
+        datasets = [xr.concat(datasets[i : i + size], dim=index, join="outer") for i in range(0, len(datasets), size)]
     return datasets[0]
 
 
@@ -428,7 +435,8 @@ def sweep(
       gradjax.checkpoint.CheckpointError: the disk is full or read-only; the last good state is named.
 
     >>> import gradjax, jax
-    >>> small = gradjax.config.from_dict({"model": {"depth": 2, "width": 8}, "train": {"num_steps": 4, "eval_every": 2}})
+    >>> values = {"model.depth": 2, "model.width": 8, "train.num_steps": 4, "train.eval_every": 2}
+    >>> small = gradjax.config.replace(gradjax.config.Experiment(), values)
     >>> ds = gradjax.sweep(small, vary={"optimizer.learning_rate": [0.01, 0.1]}, num_seeds=3)
     >>> dict(ds.loss.sizes)
     {'optimizer.learning_rate': 2, 'seed': 3, 'step': 4}
@@ -495,21 +503,20 @@ def _cell(
     if note and note.exists() and not experiment.train.lanes:
         lanes = {"train.lanes": json.loads(note.read_text())}
         problem = dataclasses.replace(problem, experiment=config.replace(experiment, lanes))
-    program, plan = _fit(problem, sorted(hparams), data, settings.num_members)
+    programs, plan = _fit(problem, sorted(hparams), data, settings.num_members)
     if note and jax.process_index() == 0:
         results.write_text(note, json.dumps(plan.lanes))
-    return _Cell(number, program, plan, experiment, keys, hparams, folder, keep_states)
+    return _Cell(number, programs, plan, experiment, keys, hparams, folder, keep_states)
 
 
 def _run(cell: _Cell, meter: "_Meter") -> list[xr.Dataset]:
     """The datasets of all blocks in order: those of this process computed, those of the others read."""
     mine = range(cell.plan.blocks)
-    by_member = cell.experiment.train.shard == MEMBERS
-    if by_member:
+    if cell.experiment.train.shard != BATCH:
         mine = mine[jax.process_index() :: jax.process_count()]
     done = {block: ds for block in mine if (ds := cell.finished(block)) is not None}
     meter.skip(sum(len(np.unique(cell.members_of(b))) for b in done) * cell.experiment.train.num_steps)
-    done |= cell.run([b for b in mine if b not in done], lambda group, record: meter.advance(cell, group, record))
+    done |= cell.run([b for b in mine if b not in done], meter.advance)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"cell {cell.number}")
         others = [b for b in range(cell.plan.blocks) if b not in done]
@@ -521,23 +528,34 @@ class _Meter:
     """Counts member-steps, and tells the caller between chunks."""
 
     def __init__(self, total: float, progress: Callable[[Progress], None]):
-        self.total, self.progress = total, progress
-        self.done, self.computed, self.began, self.diverged = 0.0, 0.0, 0.0, {}
+        self.total, self.progress, self.lock = total, progress, threading.Lock()
+        self.done, self.computed, self.began = 0.0, 0.0, time.monotonic()
+        self.seen: dict[tuple[int, int], tuple[int, int, float]] = {}  # block -> steps, diverged, median loss
 
     def skip(self, member_steps: float) -> None:
-        """What was finished before."""
+        """What was finished before; the clock starts now."""
         self.done += member_steps
-        self.began = self.began or time.monotonic()
+        self.began = time.monotonic() - self.computed / max(self.speed, 1e-9) if self.computed else time.monotonic()
 
-    def advance(self, cell: _Cell, group: list[_Block], record: Record) -> None:
-        """A chunk of a round has been computed."""
-        counts = [len(np.unique(cell.members_of(block.index))) for block in group]
-        self.done += sum(counts) * record.loss.shape[-1]
-        self.computed += sum(counts) * record.loss.shape[-1]
-        loss = np.concatenate([record.loss[i, :n, -1] for i, n in enumerate(counts)])
-        for i, (block, n) in enumerate(zip(group, counts, strict=True)):
-            self.diverged[cell.number, block.index] = int(record.frozen[i, :n].sum())
-        speed = self.computed / max(time.monotonic() - self.began, 1e-9)
-        finite = loss[np.isfinite(loss)]
-        median = float(np.median(finite)) if finite.size else math.nan
-        self.progress(Progress("", self.done, self.total, speed, median, sum(self.diverged.values())))
+    @property
+    def speed(self) -> float:
+        """Member-steps per second."""
+        return self.computed / max(time.monotonic() - self.began, 1e-9)
+
+    def advance(self, cell: _Cell, block: int, record: Record) -> None:
+        """A block has come a chunk further (called from its worker)."""
+        count, steps = len(np.unique(cell.members_of(block))), record.loss.shape[1]
+        with self.lock:
+            before = self.seen.get((cell.number, block))
+            new = count * (steps - before[0]) if before else count * min(steps, cell.experiment.train.eval_every)
+            self.done += new if before else count * steps  # a restored block brings what it had
+            self.computed += new
+            self.seen[cell.number, block] = steps, int(record.frozen[:count].sum()), _median(record.loss[:count, -1])
+            loss = _median(np.array([loss for *_, loss in self.seen.values()]))
+            diverged = sum(n for _, n, _ in self.seen.values())
+            self.progress(Progress("", self.done, self.total, self.speed, loss, diverged))
+
+
+def _median(values: Any) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else math.nan

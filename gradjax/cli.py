@@ -1,6 +1,8 @@
 """The `gradjax` command.
 
     gradjax diagnose CONFIG [--flags]   measure a network at initialisation, and say what ails it
+    gradjax train CONFIG [--flags]      train all its seeds side by side
+    gradjax sweep CONFIG [--flags]      train every seed at every setting of its [sweep] tables
     gradjax data {fetch,verify,list}    the data sets
 
 Exit status 0 for every verdict, a sick one too; 2 for input that cannot be used, with one message and no traceback.
@@ -8,6 +10,7 @@ Heavy imports are inside the commands, so that `gradjax --help` answers at once;
 jaxlib ships is set before JAX starts, because two threads make its small factorisations a hundred times slower.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -22,11 +25,15 @@ See, explain, cure and prove exploding and vanishing gradients in JAX.
 
 commands:
   diagnose CONFIG [--flags]   measure a network at initialisation: verdict, table, figure
+  train CONFIG [--flags]      train all its seeds side by side: scores, curves; --resume
+  sweep CONFIG [--flags]      train every seed at every setting of [sweep], one program; --resume
   data {list,fetch,verify}    the data sets: where they lie, fetch one, check its hashes
 
 examples:
   gradjax diagnose configs/demo.toml
   gradjax diagnose configs/demo.toml --model.depth 200 --json
+  gradjax train configs/mlp_mnist.toml --train.num_seeds 8
+  gradjax sweep configs/clip_threshold.toml --resume
   gradjax data fetch mnist
 
 `gradjax COMMAND --help` lists the flags of a command.
@@ -46,6 +53,7 @@ def _diagnose(args: Sequence[str]) -> int:
         print(config.help_text("gradjax diagnose", DiagnoseCommand, DiagnoseCommand.__doc__ or ""))
         return 0
     experiment, options = config.parse(args, DiagnoseCommand)
+    _say_of_sweep(options.config, "diagnose")
 
     from rich.console import Console
 
@@ -165,6 +173,114 @@ def _print_verdict(verdict, folder) -> None:
     console.print(f"figure:  {folder / 'diagnosis.png'}", highlight=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class TrainCommand(config.Command):
+    """gradjax train CONFIG: train all seeds of an experiment side by side, with checkpoints."""
+
+    resume: bool = False
+    """Go on with the newest unfinished run of this name, bit for bit as if it had not been interrupted."""
+    json: bool = False
+    """Print one JSON object to standard output and nothing else."""
+
+
+@dataclass(frozen=True)
+class SweepCommand(TrainCommand):
+    """gradjax sweep CONFIG: train every seed at every setting of [sweep.vmap] and [sweep.static]."""
+
+
+def _say_of_sweep(path: str, command: str) -> None:
+    if any(config.sweep_tables(path)):
+        print(f"{command}: [sweep] in {path} is for `gradjax sweep`; the values outside it are used.", file=sys.stderr)
+
+
+def _train(args: Sequence[str]) -> int:
+    return _run_training(args, TrainCommand, "train")
+
+
+def _sweep(args: Sequence[str]) -> int:
+    return _run_training(args, SweepCommand, "sweep")
+
+
+def _run_training(args: Sequence[str], command: type[TrainCommand], name: str) -> int:
+    if {"-h", "--help"} & set(args):
+        print(config.help_text(f"gradjax {name}", command, command.__doc__ or ""))
+        return 0
+    experiment, options = config.parse(args, command)
+    vary, static = config.sweep_tables(options.config)
+    if name == "train":
+        _say_of_sweep(options.config, name)
+        vary, static = {}, {}
+    elif not vary and not static:
+        raise config.ConfigError(
+            f"sweep: {options.config} names nothing to vary; needed: [sweep.vmap] or [sweep.static]"
+        )
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from gradjax import ablation, plots, results
+
+    started = time.monotonic()
+    folder = results.unfinished(experiment.output, experiment.name) if options.resume else None
+    folder = folder or results.run_folder(experiment.output, experiment.name)
+    with _progress() as progress:
+        ds = ablation.sweep(experiment, vary, static, folder=folder, keep_states=name == "train", progress=progress)
+    figure = plots.training_figure(ds, experiment.name) if name == "train" else plots.sweep_figure(ds, experiment.name)
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"{name}.{suffix}", dpi=160)
+    summary = results.summary(ds) | {"folder": str(folder), "seconds": round(time.monotonic() - started, 1)}
+    results.write_text(folder / "summary.json", results.dumps(summary) + "\n")
+    if options.json:
+        print(results.dumps(summary))
+    else:
+        _print_training(ds, summary, folder / f"{name}.png")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress():
+    """A bar for `gradjax.ablation.Progress` events on standard error; lines where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    detail = "{task.fields[speed]:,.0f} steps/s  loss {task.fields[loss]:.3g}  diverged {task.fields[diverged]}"
+    columns = (BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn(detail))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, speed=0.0, loss=float("nan"), diverged=0)
+
+        def show(event) -> None:
+            if event.message:
+                console.print(event.message, highlight=False)
+            else:
+                fields = {"speed": event.steps_per_second, "loss": event.loss, "diverged": event.diverged}
+                bar.update(task, completed=event.done, total=event.total, **fields)
+
+        yield show
+
+
+def _print_training(ds, summary, figure) -> None:
+    """The settings with their shares of seeds trained, best first, and the whole in one line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    rows = summary["settings"]
+    table = Table(title=f"{len(rows)} settings, best first" if len(rows) > 1 else "all seeds", title_justify="left")
+    for name in [*summary["swept"], "trained", "95% interval", "validation", "test", "diverged"]:
+        table.add_column(name, justify="right")
+    for row in rows[:12]:
+        low, high = row["trained_interval"]
+        cells = [f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in summary["swept"]]
+        cells += [f"{row['trained']}/{summary['num_seeds']}", f"{low:.0%} to {high:.0%}"]
+        table.add_row(*cells, *(f"{row[key]:.4f}" for key in ("validation_score", "test_score")), f"{row['diverged']}")
+    console.print(table)
+    if len(rows) > 12:
+        console.print(f"... and {len(rows) - 12} more in results.nc", highlight=False)
+    console.print(f"A seed is trained when its validation score reaches {ds.attrs['target']}. {summary['seconds']} s.")
+    console.print(f"figure:  {figure}", highlight=False, soft_wrap=True)
+
+
 def _data(args: Sequence[str]) -> int:
     from gradjax import tasks
 
@@ -188,7 +304,12 @@ def _data(args: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"diagnose": _diagnose, "data": _data}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "diagnose": _diagnose,
+    "train": _train,
+    "sweep": _sweep,
+    "data": _data,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

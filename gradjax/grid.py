@@ -4,7 +4,7 @@ Each name of `vary` (the file's `[sweep.vmap]`) is a float of the config and tak
 
     [0.1, 1.0, 10.0]                                        a list
     {low = 1e-4, high = 1.0, num = 8, scale = "log"}        a grid; scale "log" or "linear" (the default)
-    {low = 1e-4, high = 1.0, draws = 32, scale = "log"}     random: all random names are drawn together, dimension `draw`
+    {low = 1e-4, high = 1.0, draws = 32, scale = "log"}     random; all such names are drawn together, along `draw`
 
 and becomes a dimension of the result, beside `seed`. Each name of `static` (`[sweep.static]`) takes a list of any
 values; each combination is a program of its own.

@@ -23,7 +23,6 @@ from gradjax import transforms
 from gradjax.config import Optimizer
 
 PyTree = Any
-Schedule = Callable[[Any], Array]
 
 
 def is_stacked(path: str) -> bool:
@@ -103,8 +102,8 @@ def coordinate_descent(block: str = "layer", order: str = "cyclic") -> optax.Gra
             numbers.append(own.reshape(-1, *[1] * (x.ndim - 1)) if is_stacked(name) else own[0])
         return numbers, count
 
-    def update_fn(updates, count, params=None):
-        numbers, total = blocks(updates)
+    def update_fn(updates, state, params=None):
+        count, (numbers, total) = state, blocks(updates)
         if order == "random":
             chosen = jax.random.randint(jax.random.fold_in(jax.random.key(0), count), (), 0, max(total, 1), jnp.int32)
         else:
@@ -113,7 +112,7 @@ def coordinate_descent(block: str = "layer", order: str = "cyclic") -> optax.Gra
         kept = [jnp.where(jnp.asarray(n) == chosen, x, jnp.zeros_like(x)) for n, x in zip(numbers, leaves, strict=True)]
         return jax.tree.unflatten(structure, kept), count + 1
 
-    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update_fn)
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update_fn)  # type: ignore[arg-type]
 
 
 OPTIMIZERS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
@@ -160,13 +159,13 @@ GUARDS: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransfo
 # -- schedules -------------------------------------------------------------------------------------------
 
 
-def _step_decay(o: Optimizer, num_steps: int) -> Schedule:
+def _step_decay(o: Optimizer, num_steps: int) -> optax.Schedule:
     """At a half and three quarters of the steps, as He et al. 2016 (arXiv 1512.03385, section 4.2)."""
     boundaries = {round(share * num_steps): o.decay for share in (0.5, 0.75)}
     return transforms.piecewise_constant_schedule(o.learning_rate, boundaries)
 
 
-SCHEDULES: dict[str, Callable[[Optimizer, int], Schedule]] = {
+SCHEDULES: dict[str, Callable[[Optimizer, int], optax.Schedule]] = {
     "constant": lambda o, n: optax.constant_schedule(o.learning_rate),
     "cosine": lambda o, n: transforms.warmup_cosine_decay_schedule(
         o.learning_rate, o.learning_rate, 0, n, o.learning_rate * o.decay
@@ -178,7 +177,7 @@ SCHEDULES: dict[str, Callable[[Optimizer, int], Schedule]] = {
 }
 
 
-def learning_rate(o: Optimizer, num_steps: int) -> Schedule:
+def learning_rate(o: Optimizer, num_steps: int) -> optax.Schedule:
     """Step -> rate: the named schedule, times a linear rise over the first `warmup` share of the steps."""
     schedule = SCHEDULES[o.schedule](o, num_steps)
 

@@ -9,12 +9,14 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import xarray as xr
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "xarray")
@@ -31,6 +33,55 @@ def run_folder(output: str | Path, name: str) -> Path:
             return folder
         except FileExistsError:
             count += 1
+
+
+def unfinished(output: str | Path, name: str) -> Path | None:
+    """The newest run folder of a name whose results are not written yet; None where there is none."""
+    runs = [p for p in Path(output).glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)]
+    begun = [p for p in runs if (p / "config.toml").exists() and not (p / "results.nc").exists()]
+    return max(begun, key=lambda p: (p / "config.toml").stat().st_mtime, default=None)
+
+
+def summary(ds: xr.Dataset) -> dict[str, Any]:
+    """One row per setting of a sweep's dataset over its seeds, best first: share trained, then median score.
+
+    The interval of the share is Wilson's at 95%.
+    """
+    swept = [str(dim) for dim in ds["trained"].dims if dim != "seed"]
+    names = [name for name in ds.coords if swept and set(ds[name].dims) <= set(swept) and ds[name].ndim]
+    flat = ds.stack(setting=swept) if swept else ds.expand_dims("setting")
+    rows = []
+    for i in range(flat.sizes["setting"]):
+        one = flat.isel(setting=i)
+        count, seeds = int(one["trained"].sum()), one.sizes["seed"]
+        interval = scipy.stats.binomtest(count, seeds).proportion_ci(method="wilson")
+        scores = {key: one[key].values for key in ("validation_score", "test_score")}
+        final = scores["validation_score"].reshape(seeds, -1)
+        rows.append(
+            {str(name): one[name].item() for name in names if name != "setting"}
+            | {
+                "trained": count,
+                "trained_interval": [float(interval.low), float(interval.high)],
+                "validation_score": _nanmedian(_last(final)),
+                "test_score": _nanmedian(scores["test_score"]),
+                "diverged": int((one["diverged_at"] >= 0).sum()),
+            }
+        )
+    rows.sort(key=lambda row: (-row["trained"], -np.nan_to_num(row["validation_score"], nan=-np.inf)))
+    columns = [str(name) for name in names if name != "setting"]
+    return {"swept": columns, "num_seeds": ds.sizes["seed"], "plan": ds.attrs.get("plan", ""), "settings": rows}
+
+
+def _last(values: np.ndarray) -> np.ndarray:
+    """The last value of each row that is a number: a seed that rests early has none behind it."""
+    known = ~np.isnan(values)
+    place = values.shape[1] - 1 - known[:, ::-1].argmax(1)
+    return np.where(known.any(1), values[np.arange(len(values)), place], np.nan)
+
+
+def _nanmedian(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if known.size else math.nan
 
 
 def _git_revision() -> str:
