@@ -1,4 +1,7 @@
-"""Guards, projections, schedules and `watch`: what a bad step leaves behind, and what training does after it."""
+"""Guards, projections, schedules and `watch`: what a bad step leaves behind, and what training does after it.
+
+The contract that they share with all rules is in test_transforms.py.
+"""
 
 import chex
 import jax
@@ -35,13 +38,6 @@ GUARDS = {
     "restore_moments": moments.restore_moments,
     "watch": watching.watch,
 }
-PROJECTIONS = {
-    "weight_clip": lambda: projections.weight_clip(0.7),
-    "max_norm": lambda: projections.max_norm(0.7),
-    "spectral_norm": lambda: projections.spectral_norm(0.7),
-    "proximal_l1": lambda: projections.proximal_l1(0.3, 0.5),
-    "add_l1": lambda: projections.add_l1(0.3),
-}
 
 
 def spoiled(value, grads=GRADS):
@@ -66,7 +62,7 @@ def read(state, field):
     return next(float(v) for k, v in telemetry(state).items() if k.endswith("/" + field))
 
 
-# -- every guard and projection ------------------------------------------------------------------------
+# -- every guard ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GUARDS)
@@ -77,80 +73,6 @@ def test_a_healthy_run_is_the_one_without_the_guard(name):
     chex.assert_trees_all_close((guarded, inner(state)), (plain, plain_state), rtol=1e-6)  # two programs: not bitwise
     if name != "watch":
         assert read(state, "clip_fraction") == 0
-
-
-MADE = {name: lambda wrap=wrap: wrap(adam(0.1)) for name, wrap in GUARDS.items()} | PROJECTIONS
-MADE["reduce_on_plateau"] = lambda: schedules.reduce_on_plateau(0.5, patience=1)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", MADE)
-def test_state_and_updates_keep_structure_shape_and_dtype(name, dtype):
-    params, grads = (jax.tree.map(lambda x: x.astype(dtype), tree) for tree in (PARAMS, GRADS))
-    tx = MADE[name]()
-    state = jax.eval_shape(tx.init, params)
-    value = jax.ShapeDtypeStruct((), jnp.float32)
-    updates, after = jax.eval_shape(lambda g, s, p, v: tx.update(g, s, p, value=v), grads, state, params, value)
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-
-
-SLOW = ("repair", "skip_spikes", "spectral_norm", "proximal_l1", "add_l1")  # to compile, and like their neighbours
-light_first = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MADE]
-)
-ODD = {
-    "nothing": {},
-    "odd": {
-        "scalar": jnp.float32(2.0),
-        "empty": jnp.zeros((0, 2)),
-        "half": jnp.ones((3,), jnp.float16),
-        "complex": jnp.ones((2, 2), jnp.complex64),
-    },
-}
-
-
-@pytest.mark.parametrize("tree", ODD)
-@light_first
-def test_empty_trees_and_leaves_scalars_and_complex_numbers_pass(name, tree):
-    params, tx = ODD[tree], loose(MADE[name]())  # Optax's Adam multiplies complex numbers by real ones
-    out, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, value=1.0))(params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(out, params)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
-
-
-@light_first
-def test_jit_is_eager_and_a_scan_traces_once(name):
-    tx = MADE[name]()
-    stream = [GRADS, spoiled(jnp.inf), spoiled(1e20)]
-    eager = run(tx, stream, jit=False, value=jnp.asarray(1.0))
-
-    @chex.assert_max_traces(2)  # scan itself traces a body twice at most
-    def body(carry, grads):
-        params, state = carry
-        updates, state = tx.update(grads, state, params, value=jnp.asarray(1.0))
-        return (optax.apply_updates(params, updates), state), None
-
-    chex.clear_trace_counter()
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *stream)
-    scanned = jax.jit(lambda: jax.lax.scan(body, (PARAMS, tx.init(PARAMS)), stacked)[0])()
-    chex.assert_trees_all_close(eager, scanned, rtol=1e-5, atol=1e-6)
-
-
-@light_first
-def test_one_lane_that_breaks_leaves_the_others_alone(name):
-    tx = MADE[name]()
-    lanes = [GRADS, spoiled(jnp.nan), jax.tree.map(lambda x: 2 * x, GRADS)]
-    stack = jax.tree.map(lambda *x: jnp.stack(x), *lanes)
-
-    def one_step(grads):
-        return run(tx, [grads], jit=False, value=jnp.asarray(1.0))
-
-    together = jax.jit(jax.vmap(one_step))(stack)
-    alone = jax.jit(one_step)
-    for k, grads in enumerate(lanes):
-        chex.assert_trees_all_close(jax.tree.map(lambda x, k=k: x[k], together), alone(grads), rtol=1e-6, atol=1e-7)
 
 
 # -- non-finite steps ----------------------------------------------------------------------------------
@@ -207,7 +129,7 @@ def test_a_spike_is_skipped_and_the_next_one_is_seen_as_well():
     tx, params = guards.skip_spikes(optax.sgd(1.0), window=12), {"w": jnp.zeros(4)}
     state, skipped = tx.init(params), []
     for k, grads in enumerate(norms(values)):
-        updates, state = tx.update(grads, state, params)
+        updates, state = jax.jit(tx.update)(grads, state, params)
         if not np.asarray(updates["w"]).any():
             skipped.append(k)
     assert skipped == [16, 18, 21] and read(state, "skipped") == 3
@@ -289,8 +211,9 @@ def train(tx, num_steps=5000, spike=100, value=1e20):
         return (optax.apply_updates(params, updates), state), params
 
     params = jnp.zeros(2)
-    (params, state), path = jax.lax.scan(body, (params, tx.init(params)), jnp.arange(num_steps))
-    return np.asarray(params), path, state
+    scan = jax.jit(lambda: jax.lax.scan(body, (params, tx.init(params)), jnp.arange(num_steps)))
+    (end, state), path = scan()
+    return np.asarray(end), path, state
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam, optax.rmsprop, optax.nadam, optax.adabelief])
@@ -337,9 +260,9 @@ def test_factored_moments_are_restored_leaf_by_leaf():
     params = {"w": jnp.ones((128, 128)), "b": jnp.ones(3)}
     grads = jax.tree.map(lambda x: 0.1 * x, params)
     tx = moments.restore_moments(loose(optax.adafactor(0.1)))
-    state = tx.init(params)
-    _, before = tx.update(grads, state, params)
-    updates, after = tx.update(grads | {"w": grads["w"].at[3, 4].set(1e20)}, before, params)
+    state, update = tx.init(params), jax.jit(tx.update)
+    _, before = update(grads, state, params)
+    updates, after = update(grads | {"w": grads["w"].at[3, 4].set(1e20)}, before, params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(inner(after)))
     assert np.isfinite(updates["w"]).all() and np.asarray(updates["b"]).any()
 
@@ -351,7 +274,7 @@ def test_a_state_that_was_damaged_before_starts_anew():
     damaged = first._replace(nu=jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), first.nu))
     state = type(state)(state.telemetry, state.memory._replace(inner_state=(damaged, *rest)), state.rule)
     for _ in range(3):
-        updates, state = tx.update(GRADS, state, PARAMS)
+        updates, state = jax.jit(tx.update)(GRADS, state, PARAMS)
     assert all(np.asarray(u).all() for u in jax.tree.leaves(updates)), "it moves again"
 
 
@@ -390,17 +313,18 @@ CONSTRAINTS = {
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_a_projection_reaches_its_constraint_and_is_then_the_identity(name, dtype):
     make, measure, num_steps = CONSTRAINTS[name]
+    tx = make()
     kernels = KERNELS if dtype == jnp.float32 else {"layers": KERNELS["layers"]}
     params = jax.tree.map(lambda x: x.astype(dtype), kernels)
     zeros = optax.tree.zeros_like(params)
     # p + (P(p) - p) is P(p) to a rounding of p: two steps where p is 1e15
-    projected, _ = run(make(), [zeros] * (num_steps + 1), params)
+    projected, _ = run(tx, [zeros] * (num_steps + 1), params)
     eps = float(jnp.finfo(dtype).eps)
     for key, stacked in ((k, STACKED[k]) for k in kernels):
         bound = 0.7 + 0.7 * (2e-3 if name == "spectral_norm" else 0) + 8 * eps
         assert measure(projected[key], stacked).max() <= bound
         assert measure(projected[key], stacked).max() >= 0.6, "projected onto, not into"
-    again, _ = run(make(), [zeros] * (num_steps + 1), projected)
+    again, _ = run(tx, [zeros] * (num_steps + 1), projected)
     chex.assert_trees_all_close(again, projected, rtol=4 * eps if name != "spectral_norm" else 1e-2)
     np.testing.assert_allclose(  # the layer inside the bound was never touched
         np.asarray(projected["layers"][0], np.float32), np.asarray(params["layers"][0], np.float32), rtol=0
@@ -588,8 +512,19 @@ def test_bad_input_is_refused_with_the_value_and_the_range(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", ["freeze_diverged", "watch", *PROJECTIONS])
+NEED_PARAMS = {
+    "freeze_diverged": guards.freeze_diverged(optax.sgd(1.0)),
+    "watch": watching.watch(optax.sgd(1.0)),
+    "weight_clip": projections.weight_clip(0.7),
+    "max_norm": projections.max_norm(0.7),
+    "spectral_norm": projections.spectral_norm(0.7),
+    "proximal_l1": projections.proximal_l1(0.3, 0.5),
+    "add_l1": projections.add_l1(0.3),
+}
+
+
+@pytest.mark.parametrize("name", NEED_PARAMS)
 def test_rules_that_need_the_parameters_say_so(name):
-    tx = MADE[name]()
+    tx = NEED_PARAMS[name]
     with pytest.raises(ValueError, match=rf"{name}: .*update\(\w+, state, params\)"):
-        tx.update(GRADS, tx.init(PARAMS))
+        tx.update(GRADS, jax.jit(tx.init)(PARAMS))
