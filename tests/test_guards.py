@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gradjax.transforms import guards, moments, projections, schedules, telemetry, watching
+from gradjax.transforms import guards, projections, schedules, telemetry, watching
 
 PARAMS = {"a": jnp.array([1.0, -2.0, 3.0]), "b": {"w": jnp.array([[0.5, -1.0], [2.0, 4.0]])}}
 GRADS = jax.tree.map(lambda x: 0.1 * x + 0.05, PARAMS)
@@ -35,7 +35,7 @@ GUARDS = {
     "repair": lambda tx: guards.skip_non_finite(tx, repair=True),
     "skip_spikes": lambda tx: guards.skip_spikes(tx, window=4),
     "freeze_diverged": guards.freeze_diverged,
-    "restore_moments": moments.restore_moments,
+    "restore_moments": guards.restore_moments,
     "watch": watching.watch,
 }
 
@@ -220,13 +220,13 @@ def train(tx, num_steps=5000, spike=100, value=1e20):
 def test_one_gradient_of_1e20_freezes_the_optimiser_for_good_and_not_the_guarded_one(optimizer):
     frozen, path, _ = train(loose(optimizer(1e-3)))
     assert abs(frozen[0] - path[101, 0]) < 1e-2 and abs(frozen[0] - 1) > 0.5, "the control: Optax alone"
-    guarded, _, state = train(moments.restore_moments(loose(optimizer(1e-3))))
+    guarded, _, state = train(guards.restore_moments(loose(optimizer(1e-3))))
     np.testing.assert_allclose(guarded, 1, atol=5e-2)
     assert read(state, "restored") == 1 and read(state, "first_bad_step") == 100
 
 
 def test_only_the_overflowed_entries_are_put_back_and_all_their_moments():
-    guarded, state = run(moments.restore_moments(adam(0.1)), [GRADS, spoiled(1e20)])
+    guarded, state = run(guards.restore_moments(adam(0.1)), [GRADS, spoiled(1e20)])
     plain, plain_state = run(adam(0.1), [GRADS, spoiled(1e20)])
     before, before_state = run(adam(0.1), [GRADS])
     at = np.zeros((2, 2), bool)
@@ -248,7 +248,7 @@ def test_only_the_overflowed_entries_are_put_back_and_all_their_moments():
     ids=["chain", "masked", "multi_transform", "inject_hyperparams"],
 )
 def test_moments_are_found_inside_any_wrapping(wrap):
-    tx = moments.restore_moments(wrap(loose(optax.scale_by_adam())))
+    tx = guards.restore_moments(wrap(loose(optax.scale_by_adam())))
     _, state = run(tx, [GRADS, spoiled(1e20)])
     _, before = run(tx, [GRADS])
     for name in ("mu", "nu"):
@@ -259,7 +259,7 @@ def test_moments_are_found_inside_any_wrapping(wrap):
 def test_factored_moments_are_restored_leaf_by_leaf():
     params = {"w": jnp.ones((128, 128)), "b": jnp.ones(3)}
     grads = jax.tree.map(lambda x: 0.1 * x, params)
-    tx = moments.restore_moments(loose(optax.adafactor(0.1)))
+    tx = guards.restore_moments(loose(optax.adafactor(0.1)))
     state, update = tx.init(params), jax.jit(tx.update)
     _, before = update(grads, state, params)
     updates, after = update(grads | {"w": grads["w"].at[3, 4].set(1e20)}, before, params)
@@ -268,7 +268,7 @@ def test_factored_moments_are_restored_leaf_by_leaf():
 
 
 def test_a_state_that_was_damaged_before_starts_anew():
-    tx = moments.restore_moments(adam(0.1))
+    tx = guards.restore_moments(adam(0.1))
     state = tx.init(PARAMS)
     first, *rest = inner(state)
     damaged = first._replace(nu=jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), first.nu))

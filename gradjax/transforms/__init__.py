@@ -20,9 +20,9 @@ from gradjax.transforms.guards import CAUSES as CAUSES
 from gradjax.transforms.guards import freeze_diverged as freeze_diverged
 from gradjax.transforms.guards import last_good_params as last_good_params
 from gradjax.transforms.guards import leaf_name as leaf_name
+from gradjax.transforms.guards import restore_moments as restore_moments
 from gradjax.transforms.guards import skip_non_finite as skip_non_finite
 from gradjax.transforms.guards import skip_spikes as skip_spikes
-from gradjax.transforms.moments import restore_moments as restore_moments
 from gradjax.transforms.projections import add_l1 as add_l1
 from gradjax.transforms.projections import max_norm as max_norm
 from gradjax.transforms.projections import proximal_l1 as proximal_l1

@@ -28,10 +28,11 @@ from gradjax.transforms.wrapping import (
     count_of,
     first_bad,
     first_bad_of,
+    first_true,
+    guard,
     leaf_norms,
     record,
     select,
-    start,
 )
 
 PyTree = Any
@@ -52,12 +53,8 @@ def skip_non_finite(inner: optax.GradientTransformation, repair: bool = False) -
       repair: replace non-finite entries of the gradient by zero and take the step with the rest, as
         `jnp.nan_to_num(g, posinf=0, neginf=0)`; a non-finite update is skipped all the same.
     """
-    wrapped = optax.with_extra_args_support(inner)
 
-    def init_fn(params):
-        return start("skip_non_finite", wrapped, params, skipped=count_of())
-
-    def update_fn(updates, state, params=None, **extra):
+    def update(wrapped, updates, state, params, extra):
         (norms,), leaf_of = leaf_norms([updates])
         bad_gradient = first_bad([norms], leaf_of)
         clipped = (bad_gradient >= 0).astype(jnp.float32)
@@ -76,7 +73,7 @@ def skip_non_finite(inner: optax.GradientTransformation, repair: bool = False) -
         clipped = jnp.where(taken, clipped, 1.0)
         return out, record(state, memory, scale.log2(scale.union(norms)), clipped, bad, skipped=skipped)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
+    return guard("skip_non_finite", inner, update, skipped=0)
 
 
 def skip_spikes(
@@ -106,18 +103,16 @@ def skip_spikes(
     check_number("skip_spikes: factor", factor, 1.0)
     if not isinstance(window, int) or window < 2:
         raise ValueError(f"skip_spikes: window is {window}; an integer in [2, inf] is needed.")
-    wrapped = optax.with_extra_args_support(inner)
 
     def median(values, count):  # of the first `count` in ascending order; empty places are inf
         values = jnp.sort(values)
         return 0.5 * (values[jnp.maximum(count - 1, 0) // 2] + values[count // 2])
 
-    def init_fn(params):
+    def remember(params):
         dtype = jax.eval_shape(scale.log_norm, params).dtype
-        own = {"log2_norms": jnp.full((window,), jnp.inf, dtype), "seen": count_of()}
-        return start("skip_spikes", wrapped, params, own, skipped=count_of(), limit=jnp.zeros((), dtype))
+        return {"log2_norms": jnp.full((window,), jnp.inf, dtype), "seen": count_of()}
 
-    def update_fn(updates, state, params=None, **extra):
+    def update(wrapped, updates, state, params, extra):
         ((norms,), leaf_of), own = leaf_norms([updates]), state.memory.own
         now = scale.log2(scale.union(norms))
         history, count = own["log2_norms"], jnp.minimum(own["seen"], window)
@@ -140,7 +135,7 @@ def skip_spikes(
         bad = first_bad([norms], leaf_of)
         return out, record(state, memory, now, (~taken).astype(jnp.float32), bad, skipped=skipped, limit=limit)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
+    return guard("skip_spikes", inner, update, remember, skipped=0, limit=0.0)
 
 
 CAUSES = ("", "params", "value", "gradient", "update")  # of freeze_diverged's telemetry `cause`
@@ -167,13 +162,11 @@ def freeze_diverged(
     """
     check_number("freeze_diverged: max_param_norm", max_param_norm, open_low=True)
     check_number("freeze_diverged: max_value", max_value, -float("inf"))
-    wrapped = optax.with_extra_args_support(inner)
 
-    def init_fn(params):
-        copy = jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # a donated buffer must not be both
-        return start("freeze_diverged", wrapped, params, copy, frozen_at=count_of(-1), cause=count_of())
+    def remember(params):
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # a donated buffer must not be both
 
-    def update_fn(updates, state, params=None, **extra):
+    def update(wrapped, updates, state, params, extra):
         if params is None:
             raise ValueError("freeze_diverged: it keeps and judges the parameters; call update(grads, state, params).")
         (norms, of_params), leaf_of = leaf_norms([updates, params])
@@ -203,7 +196,7 @@ def freeze_diverged(
             state, memory, scale.log2(scale.union(norms)), clipped, bad, frozen_at=frozen_at, cause=cause
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
+    return guard("freeze_diverged", inner, update, remember, frozen_at=-1, cause=0)
 
 
 def last_good_params(opt_state: PyTree) -> PyTree:
@@ -236,3 +229,90 @@ def leaf_name(tree: PyTree, index: int) -> str:
     if not -1 <= int(index) < len(paths):
         raise ValueError(f"leaf_name: index is {index}; the tree has {len(paths)} leaves, -1 means none.")
     return paths[int(index)] if index >= 0 else ""
+
+
+# -- moments: the square of a gradient of 1e20 is inf in float32, and never decays in a second moment ---------------------
+
+
+def _owners(state: PyTree, params: PyTree) -> list[int]:
+    """For every leaf of the state the index of the parameter whose path its own ends in (the longest), or -1."""
+    of_params = jax.tree_util.tree_flatten_with_path(params)[0]
+
+    def owner(path, leaf):
+        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+            return -1
+        fits = [
+            (len(name), i)
+            for i, (name, p) in enumerate(of_params)
+            if len(name) <= len(path)
+            and path[len(path) - len(name) :] == name
+            and (name or jnp.shape(leaf) == jnp.shape(p))  # a bare array has no name: only its shape tells
+        ]
+        return max(fits)[1] if fits else -1
+
+    return [owner(*each) for each in jax.tree_util.tree_flatten_with_path(state)[0]]
+
+
+def _any_like(bad: Array, like: Array) -> Array:
+    """Entry for entry where the shapes agree, else (factored moments) one scalar for the whole."""
+    return bad if bad.shape == like.shape else jnp.any(bad)
+
+
+def restore_moments(inner: optax.GradientTransformation) -> Wrapper:
+    """Entries whose moments (or update) became inf or NaN keep the moments they had and get the update zero.
+
+    For such an entry it is as if the step had not been (shared counters go on); all others are untouched, bit for bit.
+    A moment that is not finite even before the step (a checkpoint of a run already damaged) restarts at zero with its
+    fellows: Adam's next step for that entry is then (1 - b1) / sqrt(1 - b2) of the usual, 3.2 at the defaults, once.
+    Moments factored over rows and columns (Adafactor) have no entries: the leaf is restored as a whole.
+
+    What it does not do: a finite moment that is merely huge (a gradient of 1e18, whose square is 1e36) stays, and holds
+    its parameter still until it has decayed, log(1e36) / (1 - b2) = 83,000 steps. Clip, or `skip_spikes`, against that.
+
+    Telemetry: clipped = the share of entries restored in this step, `restored` steps with any, `first_bad_leaf`,
+    `first_bad_step`.
+
+    Args:
+      inner: any optimiser, e.g. `optax.adam(1e-3)`.
+
+    Raises:
+      ValueError: from `init`, if the state cannot be matched to the parameters' shapes.
+    """
+
+    def update(wrapped, updates, state, params, extra):
+        before = state.memory.inner_state
+        out, after = wrapped.update(updates, before, params, **extra)
+        steps, structure = jax.tree.flatten(out)
+        new, state_structure = jax.tree.flatten(after)
+        old = state_structure.flatten_up_to(before)
+        owners = _owners(after, out)
+        bad = [~jnp.isfinite(u) for u in steps]
+        spoiled = [jnp.zeros(u.shape, bool) for u in steps]  # before the step already
+        for value, previous, i in zip(new, old, owners, strict=True):
+            if i >= 0:
+                bad[i] = bad[i] | _any_like(~jnp.isfinite(value), bad[i])
+                spoiled[i] = spoiled[i] | _any_like(~jnp.isfinite(previous), spoiled[i])
+
+        def restored(value, previous, i):
+            if i < 0:
+                if not jnp.issubdtype(jnp.asarray(value).dtype, jnp.inexact):
+                    return value
+                return jnp.where(jnp.isfinite(value), value, jnp.where(jnp.isfinite(previous), previous, 0))
+            kept = jnp.where(_any_like(spoiled[i], value), jnp.zeros_like(previous), previous)
+            return jnp.where(_any_like(bad[i], value), kept, value)
+
+        values = [restored(*each) for each in zip(new, old, owners, strict=True)]
+        result = [jnp.where(b, jnp.zeros_like(u), u) for b, u in zip(bad, steps, strict=True)]
+        entries = sum((jnp.sum(b, dtype=jnp.float32) for b in bad), jnp.zeros((), jnp.float32))
+        which = first_true([jnp.any(b) for b in bad])
+        telemetry = record(
+            state,
+            Inside(jax.tree.unflatten(state_structure, values)),
+            scale.log2(scale.norm(updates)),
+            entries / max(sum(u.size for u in steps), 1),
+            which,
+            restored=state.telemetry["restored"] + (which >= 0).astype(jnp.int32),
+        )
+        return jax.tree.unflatten(structure, result), telemetry
+
+    return guard("restore_moments", inner, update, restored=0)

@@ -55,11 +55,8 @@ def rule(
       init: params -> memory; None for a rule without memory.
     """
 
-    def remember(params):
-        return () if init is None else init(params)
-
     def init_fn(params):
-        memory = remember(params)
+        memory = () if init is None else init(params)
         seen = jax.eval_shape(update, params, memory, params)
         zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
         telemetry = {

@@ -1,6 +1,6 @@
 """What the wrappers of a transform share: their state, their telemetry, and which leaf is not finite."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,15 +87,35 @@ def first_true(flags: Sequence[Array]) -> Array:
     return jnp.where(jnp.any(stack), jnp.argmax(stack).astype(jnp.int32), -1)
 
 
-def start(
-    name: str, inner: optax.GradientTransformationExtraArgs, params: PyTree, own: PyTree = (), **extra: Any
-) -> RuleState:
-    """The first state of a wrapper, with the telemetry of `record`."""
-    zero = jnp.zeros((), jax.eval_shape(scale.log_norm, params).dtype)
-    telemetry = {"log2_norm": zero, "clipped": jnp.zeros((), jnp.float32), "clip_fraction": jnp.zeros((), jnp.float32)}
-    none = jnp.full((), -1, jnp.int32)
-    marks = {"count": jnp.zeros((), jnp.int32), "bad_leaf": none, "first_bad_leaf": none, "first_bad_step": none}
-    return RuleState(telemetry | marks | extra, Inside(inner.init(params), own), name)
+def guard(
+    name: str,
+    inner: optax.GradientTransformation,
+    update: Callable[..., tuple[PyTree, RuleState]],
+    remember: Callable[[PyTree], PyTree] = lambda params: (),
+    **extra: float,
+) -> optax.GradientTransformationExtraArgs:
+    """A wrapper of `inner` with the telemetry of `record`.
+
+    Args:
+      name: in the telemetry.
+      inner: the transform inside, to which `Inside.inner_state` belongs.
+      update: (inner, updates, state, params, extra arguments) -> (updates, state).
+      remember: params -> what the wrapper itself remembers at first, `Inside.own`.
+      **extra: further telemetry, with the number each starts from.
+    """
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        zero, none = jnp.zeros((), jax.eval_shape(scale.log_norm, params).dtype), count_of(-1)
+        telemetry = {"log2_norm": zero, "clipped": jnp.float32(0), "clip_fraction": jnp.float32(0)}
+        marks = {"count": count_of(), "bad_leaf": none, "first_bad_leaf": none, "first_bad_step": none}
+        own = {k: count_of(v) if isinstance(v, int) else jnp.full_like(zero, v) for k, v in extra.items()}
+        return RuleState(telemetry | marks | own, Inside(wrapped.init(params), remember(params)), name)
+
+    def update_fn(updates, state, params=None, **extra):
+        return update(wrapped, updates, state, params, extra)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
 
 
 def count_of(value: int = 0) -> Array:
