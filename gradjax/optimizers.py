@@ -211,8 +211,8 @@ def build(o: Optimizer, num_steps: int, max_loss: float | Array = jnp.inf) -> op
     parts += [direction, clip] if o.name == "lbfgs" else [clip, direction]
     parts += [] if decay is None else [optax.add_decayed_weights(decay, kernels)]
     parts += [optax.scale_by_learning_rate(learning_rate(o, num_steps))]
-    if o.name == "lbfgs":  # Nocedal & Wright 2006, algorithms 3.5 and 3.6: from the full step of the clipped direction
-        parts += [optax.scale_by_zoom_linesearch(max_linesearch_steps=20, initial_guess_strategy="one")]
+    if o.name == "lbfgs":  # Nocedal & Wright 2006, algorithms 3.5 and 3.6; never beyond the clipped direction
+        parts += [optax.scale_by_zoom_linesearch(20, max_learning_rate=1.0, initial_guess_strategy="one")]
     if o.schedule == "plateau":
         parts += [transforms.reduce_on_plateau(o.decay, patience=10, accumulation_size=max(num_steps // 100, 1))]
     parts += [] if o.weight_norm is None else [transforms.max_norm(o.weight_norm, is_stacked)]

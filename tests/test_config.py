@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradjax import config
+from gradjax import config, grid
 from gradjax.activations import ACTIVATIONS
 from gradjax.config import ConfigError, Diagnose, Experiment, Model, Task
 
@@ -93,7 +93,9 @@ def test_shipped_configs_load_under_their_own_name_and_say_how_they_run(path):
     experiment = config.load(path)
     config.check(experiment)
     assert experiment.name == path.stem
-    assert path.read_text().startswith("# ") and f"gradjax diagnose configs/{path.name}" in path.read_text()
+    text = path.read_text()
+    assert text.startswith("# ") and re.search(rf"gradjax (diagnose|train|sweep) configs/{path.name}", text)
+    grid.grid(experiment, *config.sweep_tables(path))
 
 
 def test_the_three_phases_differ_in_sigma_w_alone():
@@ -329,7 +331,8 @@ def test_frozen_and_hashable():
 
 
 def test_only_a_default_of_none_may_be_left_out_of_toml():
-    assert [key for key, value in config.flatten(Experiment()).items() if value is None] == ["model.dropout"]
+    left_out = [key for key, value in config.flatten(Experiment()).items() if value is None]
+    assert {"model.dropout", "optimizer.weight_decay"} <= set(left_out) <= set(config.sweepable())
     assert "dropout" not in config.to_toml(Experiment())
     for key, value in config.flatten(Experiment()).items():
         if value is not None:

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "tasks": set(),
     "optimizers": {"config", "transforms"},
     "remedies": {"config"},
-    "training": {"config", "models", "tasks", "optimizers", "transforms", "scale"},
+    "grid": {"config"},
+    "training": {"config", "models", "step", "tasks", "optimizers", "transforms", "scale"},
     # what is run and written down
     "checkpoint": set(),
     "results": {"config"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "measure": {"config", "models", "tasks", "initializers", "step", "spectrum", "matrix_free", "scale"}
     | {"activations", "meanfield", "random_matrix", "taps", "theory"},
     "diagnosis": {"config", "results", "activations", "taps", "spectrum", "meanfield", "random_matrix", "scale"},
-    "ablation": {"config", "training", "checkpoint", "results", "monitor", "tasks", "scale"},
+    "ablation": {"config", "grid", "training", "transforms", "checkpoint", "results", "monitor", "tasks", "scale"},
     "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
     "plots": set(),
     "report": {"config", "results", "plots", "diagnosis"},
