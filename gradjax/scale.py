@@ -10,9 +10,10 @@ Subnormal numbers are flushed to zero by XLA's arithmetic on CPU, but not by its
 found among the bit patterns, and where it is tiny the group is first lifted out of the subnormal range through them.
 So norms are right from 1.4e-45 to 3.4e38 in float32 and bfloat16 (float16 and float64 alike), eagerly and under jit.
 
-None of that is needed where the plain sum of squares lies in [2^-60, inf): nothing overflowed, and the squares that
+None of that is needed where the plain sum of squares lies in [2^-60, 2^126): nothing overflowed, and the squares that
 were flushed, each below 2^-126, do not count. So that sum is tried first, and the rest is a branch that is rarely
-taken; it stays a branch under vmap, taken if any lane needs it, while each lane's value is its own.
+taken; it stays a branch under vmap, taken if any lane needs it, while each lane's value is its own. The last sums and
+the root carry what their roundings lost (`Norm.low`), so that an update that is clipped is rounded twice only.
 
 Half-precision leaves are computed in float32, complex ones as their two parts. A group that holds NaN has the norm NaN,
 one that holds inf (and no NaN) inf. Cost: one pass over the tree; three to four more for groups whose sum of squares is
@@ -186,10 +187,6 @@ def _root(total: Array, low: Array) -> Norm:
     return Norm(jnp.where(total > 0, root * power, total), exponent, jnp.where(total > 0, error * power, 0))
 
 
-def _is_safe(sums: Array) -> Array:
-    return (sums >= _SAFE[0]) & (sums < _SAFE[1])
-
-
 def _rows(x: Array, axes: tuple[int, ...]) -> Array:
     """(groups, entries of one), widened."""
     kept = [a for a in range(x.ndim) if a not in axes]
@@ -231,7 +228,7 @@ def _norms(arrays: tuple[Array, ...], axes: tuple[tuple[int, ...], ...], union: 
     cuts = np.cumsum([0, *sizes])
     if union:
         total, low = (part[None] for part in _total((total, low), (0,)))
-    safe = _is_safe(total)
+    safe = (total >= _SAFE[0]) & (total < _SAFE[1])
     plain = _root(jnp.where(safe, total, 1), jnp.where(safe, low, 0))
 
     def tops(i):

@@ -33,10 +33,6 @@ def limit_to(x: Array, size: Norm, limit: Norm) -> tuple[Array, Array]:
     return jnp.where(over, scale.multiply(x, scale.divide(limit, size), shrinks=True), x), over
 
 
-def _share(over: Array) -> Array:
-    return jnp.mean(over.astype(jnp.float32))
-
-
 def clip(max_delta: Number) -> optax.GradientTransformationExtraArgs:
     """Every entry into [-max_delta, max_delta], as `optax.clip`; complex entries by their magnitude.
 
@@ -49,9 +45,7 @@ def clip(max_delta: Number) -> optax.GradientTransformationExtraArgs:
 
     def one(x):
         if jnp.iscomplexobj(x):
-            size = jax.vmap(scale.array_norm)(x.ravel())
-            size = jax.tree.map(lambda part: part.reshape(x.shape), size)
-            return limit_to(x, size, scale.of_number(max_delta))
+            return limit_to(x, scale.array_norm(x, ()), scale.of_number(max_delta))
         bound = jnp.asarray(max_delta, x.dtype)
         over = jnp.abs(x) > bound
         return jnp.where(over, jnp.copysign(bound, x), x), over  # a selection flushes no subnormal, jnp.clip does
@@ -352,7 +346,7 @@ def per_example_clip(max_norm: Number) -> optax.GradientTransformationExtraArgs:
             )
 
         over = scale.greater(size, limit) & jnp.isfinite(size.mantissa)
-        return Outcome(jax.tree.map(one, updates), jnp.max(scale.log2(size)), _share(over))
+        return Outcome(jax.tree.map(one, updates), jnp.max(scale.log2(size)), jnp.mean(over.astype(jnp.float32)))
 
     tx = rule("per_example_clip", update)
     of_one = lambda params: jax.tree.map(lambda x: jnp.asarray(x)[None], params)

@@ -231,7 +231,7 @@ def leaf_name(tree: PyTree, index: int) -> str:
     return paths[int(index)] if index >= 0 else ""
 
 
-# -- moments: the square of a gradient of 1e20 is inf in float32, and never decays in a second moment ---------------------
+# -- moments: the square of a gradient of 1e20 is inf in float32, and never decays in a second moment -----------------
 
 
 def _owners(state: PyTree, params: PyTree) -> list[int]:

@@ -188,11 +188,9 @@ def reduce_on_plateau(
     """
     check_number("reduce_on_plateau: factor", factor, 0.0, 1.0, open_low=True)
     check_number("reduce_on_plateau: rtol", rtol, 0.0, 1.0)
-    check_number("reduce_on_plateau: atol", atol)
-    check_number("reduce_on_plateau: patience", patience)
-    check_number("reduce_on_plateau: cooldown", cooldown)
     check_number("reduce_on_plateau: accumulation_size", accumulation_size, 1)
-    check_number("reduce_on_plateau: min_scale", min_scale)
+    for name, value in (("atol", atol), ("patience", patience), ("cooldown", cooldown), ("min_scale", min_scale)):
+        check_number(f"reduce_on_plateau: {name}", value)
     integer = lambda x: jnp.asarray(x).astype(jnp.int32)
 
     def init_fn(params):
