@@ -169,7 +169,8 @@ def _sum_of_squares(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         pair = _product(x, x)
     else:
         last, size = axes[-1], x.shape[axes[-1]]
-        lanes = max(d for d in range(1, _LANES + 1) if size % d == 0)
+        most = min(_LANES, 8192 * math.prod(x.shape[a] for a in axes) // x.size + 1)
+        lanes = max(d for d in range(1, most + 1) if size % d == 0)
         x = x.reshape(*x.shape[:last], size // lanes, lanes, *x.shape[last + 1 :])
         partial = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
         pair, axes = (partial, jnp.zeros_like(partial)), (*axes, last + 1)
@@ -219,7 +220,18 @@ def _joined(arrays: tuple[Array, ...], axes: Sequence[tuple[int, ...]]) -> tuple
     return wide, inner, place
 
 
+def _magnitude(x: Array) -> Norm:
+    """|x| entry by entry, exactly, with mantissa in [1/2, 1)."""
+    bits = _bits(x)
+    value = lax.bitcast_convert_type(bits, x.dtype)
+    height = jnp.where(jnp.isfinite(value) & (bits > 0), _height(bits, x.dtype), 0)
+    return Norm(_times_power(*_countable(value, -height)), height, jnp.zeros_like(value))
+
+
 def _norms(arrays: tuple[Array, ...], axes: tuple[tuple[int, ...], ...], union: bool) -> Norm:
+    entries = [widen(x).ravel() for x in arrays if not jnp.iscomplexobj(x)]
+    if not union and not any(axes) and len(entries) == len(arrays) and len({x.dtype for x in entries}) == 1:
+        return _magnitude(jnp.concatenate(entries))
     wide, inner, place = _joined(arrays, axes)
     dtype = max((x.dtype for x in wide), key=lambda dtype: dtype.itemsize)
     join = lambda parts: jnp.concatenate([part.astype(dtype) for part in parts])
@@ -537,7 +549,4 @@ def normalize(tree: PyTree) -> tuple[PyTree, Array]:
 def array_norm_max(x: Any) -> Norm:
     """The largest magnitude of an array (of a complex one: of its parts), with mantissa in [1/2, 1)."""
     wide = widen(x)
-    top = jnp.max(_bits(wide), initial=0)
-    value = lax.bitcast_convert_type(top, wide.dtype)
-    height = jnp.where(jnp.isfinite(value) & (top > 0), _height(top, wide.dtype), 0)
-    return Norm(_times_power(*_countable(value, -height)), height)
+    return _magnitude(lax.bitcast_convert_type(jnp.max(_bits(wide), initial=0), wide.dtype))._replace(low=None)
