@@ -504,10 +504,10 @@ def multiply(x: Array, factor: Norm, shrinks: bool = False) -> Array:
     factor = normal(Norm(factor.mantissa.astype(wide.dtype), factor.exponent))
     if wide.ndim > jnp.ndim(x) and factor.mantissa.ndim:  # complex
         factor = jax.tree.map(lambda part: part[..., None], factor)
-    value, exponent = (wide, factor.exponent - 1) if shrinks else _countable(wide, factor.exponent - 1)
-    exponent = _limited(exponent, wide.dtype)
-    down = jnp.clip(exponent >> 1, 1 - _format(wide.dtype).bias, 0)  # in an order that leaves the range at the end only
-    out = _times_power(value * _power(down, wide.dtype) * (2 * factor.mantissa), exponent - down)
+    grows = factor.exponent > 0  # the unit in [1, 2) or [1/2, 1): only the result may leave the range of the dtype
+    unit, exponent = jnp.where(grows, 2 * factor.mantissa, factor.mantissa), factor.exponent - grows.astype(jnp.int32)
+    value, exponent = (wide, exponent) if shrinks else _countable(wide, exponent)
+    out = _times_power(value * unit, _limited(exponent, wide.dtype))
     if jnp.iscomplexobj(x):
         return lax.complex(out[..., 0], out[..., 1]).astype(jnp.asarray(x).dtype)
     return out.astype(jnp.asarray(x).dtype)
