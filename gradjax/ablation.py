@@ -362,6 +362,8 @@ def _dataset(state: State, scores: training.Scores, records: Record, experiment:
             "layer_log_activation_rms": ((*each, "layer"), seen.log_activation_rms[..., 1:-1]),
             "layer_log_cotangent_rms": ((*each, "layer"), seen.log_cotangent_rms[..., 1:-1]),
             "layer_log_gradient_norm": ((*each, "layer"), seen.log_gradient_norm[..., :-1]),
+            "final_loss": (lane, records.validation.loss[:, -1]),
+            "final_score": (lane, records.validation.score[:, -1]),
             "test_loss": (lane, np.asarray(scores.loss)),
             "test_score": (lane, np.asarray(scores.score)),
             "trained": (lane, reached.any(1)),
@@ -426,9 +428,9 @@ def sweep(
         step: loss, score, log_gradient_norm (before clipping, natural log), clipped (share) of the training batches;
         evaluation (a step count): validation_loss, validation_score; (evaluation, layer): layer_log_activation_rms,
         layer_log_cotangent_rms, layer_log_gradient_norm, as `gradjax.step.signals` defines them;
-        per member: test_loss, test_score, trained (the target was reached), trained_at, diverged_at (a step, -1 for
-        never), diverged_leaf, diverged_cause. A diverged member keeps its last good parameters, and its later losses
-        are those.
+        per member: final_loss, final_score (validation after its last step), test_loss, test_score, trained (the
+        target was reached), trained_at, diverged_at (a step, -1 for never), diverged_leaf, diverged_cause. A diverged
+        member keeps its last good parameters, and its later losses are those.
 
     Raises:
       ConfigError: names and values that cannot be swept, or a folder that belongs to another config.
@@ -471,6 +473,42 @@ def sweep(
         versions = {f"version_{name}": value for name, value in results.provenance().items()}
         results.save(ds.assign_attrs(versions), folder / "results.nc")
     return ds
+
+
+def join_cluster() -> bool:
+    """Join the other processes of this command, if there are any, and say whether this one is the first.
+
+    Coordinates come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from Slurm. Call it before
+    anything else of JAX.
+    """
+    count = os.environ.get("JAX_NUM_PROCESSES")
+    if count:
+        address, index = os.environ.get("JAX_COORDINATOR_ADDRESS"), os.environ.get("JAX_PROCESS_ID")
+        if not (address and index and count.isdigit() and index.isdigit() and int(index) < int(count)):
+            raise ConfigError(
+                f"sweep: JAX_NUM_PROCESSES = {count!r} with JAX_COORDINATOR_ADDRESS = {address!r} and JAX_PROCESS_ID = "
+                f"{index!r}; needed: host:port, and an index below the count"
+            )
+        jax.distributed.initialize(address, int(count), int(index))
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        jax.distributed.initialize()
+    return jax.process_index() == 0
+
+
+def agreed_folder(experiment: Experiment, resume: bool) -> Path:
+    """The run folder, the newest unfinished one or a new one, as the first process chooses it for all."""
+    chosen = None
+    if jax.process_index() == 0:
+        chosen = results.unfinished(experiment.output, experiment.name) if resume else None
+        chosen = chosen or results.run_folder(experiment.output, experiment.name)
+    if jax.process_count() == 1:
+        assert chosen is not None
+        return chosen
+    text = np.zeros(4096, np.uint8)
+    name = str(chosen or "").encode()
+    text[: len(name)] = np.frombuffer(name, np.uint8)
+    agreed = np.asarray(multihost_utils.broadcast_one_to_all(text))
+    return Path(bytes(agreed[agreed > 0].astype(np.uint8)).decode())
 
 
 def _claim(folder: Path, text: str) -> None:

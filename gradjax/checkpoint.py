@@ -15,8 +15,10 @@ import io
 import json
 import os
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +45,10 @@ class Restored(NamedTuple):
 
 
 def _plain(leaf: Any) -> np.ndarray:
-    """A leaf as NumPy; PRNG keys as their data."""
+    """A copy of a leaf as NumPy (the program may reuse its buffer while it is written); PRNG keys as their data."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
+    return np.array(leaf)
 
 
 def _hash(name: str, array: np.ndarray) -> str:
@@ -58,15 +60,23 @@ def _named(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _handler() -> ocp.AsyncCheckpointer:
+_ORBAX = threading.Lock()  # two of its saves in one process take each other's signals
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
     """Orbax for this process alone: no barrier, so one that dies holds up no other."""
     mine = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process_{mine}"
     )
-    return ocp.AsyncCheckpointer(
-        ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
-    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with _ORBAX:
+        checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
+        try:
+            yield checkpointer
+        finally:
+            checkpointer.close()
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -76,11 +86,12 @@ def steps(folder: str | Path) -> list[int]:
 
 
 class Writer:
-    """Saves the states of one folder, one at a time, in the background; close it, or use it with `with`."""
+    """Saves the states of one folder in the background, one at a time; close it, or use it with `with`."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
         """`keep` newest checkpoints stay; two, because the newest may turn out damaged."""
-        self.folder, self.keep, self._orbax, self._steps = Path(folder).absolute(), keep, None, []
+        self.folder, self.keep = Path(folder).absolute(), keep
+        self._thread, self._pending = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
 
     def __enter__(self) -> "Writer":
         return self
@@ -97,75 +108,63 @@ class Writer:
           meta: JSON.
 
         Raises:
-          CheckpointError: this save or the one before could not be written (a full disk, a read-only folder).
+          CheckpointError: the save before could not be written (a full disk, a read-only folder).
         """
         arrays = {name: _plain(leaf) for name, leaf in _named(tree).items()}
+        self.wait()
+        self._pending = self._thread.submit(self._write, step, arrays, dict(meta))
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         table = {name: [x.dtype.name, x.shape, _hash(name, x)] for name, x in arrays.items()}
-        text = json.dumps({"leaves": table, "meta": dict(meta)}).encode()
+        text = json.dumps({"leaves": table, "meta": meta}).encode()
         saved = {f"{i:05d}": x for i, x in enumerate(arrays.values()) if x.size}  # Orbax takes no empty array
         saved[META] = np.frombuffer(text + hashlib.sha256(text).digest(), np.uint8)
-        self.wait()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self._orbax is None:
-                self._orbax, self._steps = _handler(), []
-                for left in self.folder.glob("*orbax-checkpoint-tmp*"):
-                    shutil.rmtree(left, ignore_errors=True)
-            self._orbax.save(self.folder / f"{step:012d}", args=ocp.args.StandardSave(saved), force=True)
-            self._steps.append(step)
-        except Exception as error:  # Orbax raises what its parts raise: OSError, ValueError of tensorstore ...
-            self._fail(error)
-
-    def wait(self) -> None:
-        """Until what was started is committed; then older checkpoints go.
-
-        Raises:
-          CheckpointError: it could not be written.
-        """
-        if self._orbax is None:
-            return
-        try:
-            self._orbax.wait_until_finished()
-        except Exception as error:
-            self._fail(error)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear()  # what a killed process has left
+        with _orbax() as orbax:
+            orbax.save(self.folder / f"{step:012d}", args=ocp.args.StandardSave(saved), force=True)
         for old in steps(self.folder)[: -self.keep]:
             shutil.rmtree(self.folder / f"{old:012d}", ignore_errors=True)
 
-    def _fail(self, error: Exception) -> None:
-        if self._orbax is not None:
-            orbax, self._orbax = self._orbax, None  # after a failed save Orbax must be opened anew
-            with contextlib.suppress(Exception):  # it raises the same failure again
-                orbax.close()
+    def _clear(self) -> None:
         for left in self.folder.glob("*orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Until what was started is committed.
+
+        Raises:
+          CheckpointError: it could not be written; the newest older state is untouched, and named.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None or (error := pending.exception()) is None:
+            return
+        with contextlib.suppress(OSError):
+            self._clear()
         good = steps(self.folder)
         last = f"the last good state is {self.folder / f'{good[-1]:012d}'}" if good else "no state has been written yet"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"checkpoint: cannot write to {self.folder}: {reason}; {last}. Make room or permission, then resume."
+            f"checkpoint: cannot write to {self.folder}: {reason[:200]}; {last}. Make room or permission, then resume."
         ) from error
 
     def close(self) -> None:
-        """Wait for the last save and let go of Orbax's threads."""
-        self.wait()
-        if self._orbax is not None:
-            self._orbax.close()
-            self._orbax = None
+        """Wait for the last save."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The verified leaves by name, and the metadata; raises ValueError with what is wrong."""
-    orbax = _handler()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # of a damaged file its parts print dozens of tracebacks
+        # of a damaged file its parts print dozens of tracebacks
+        with _orbax() as orbax, contextlib.redirect_stderr(io.StringIO()):
             raw = {key: np.asarray(x) for key, x in orbax.restore(path, args=ocp.args.StandardRestore()).items()}
     except Exception as error:  # whatever a damaged file makes of Orbax's parts
         reason = str(error).strip().splitlines()
         raise ValueError(f"Orbax cannot read it ({reason[0][:120] if reason else type(error).__name__})") from error
-    finally:
-        orbax.close()
     blob = raw.pop(META, np.empty(0, np.uint8)).tobytes()
     if len(blob) <= _DIGEST or hashlib.sha256(blob[:-_DIGEST]).digest() != blob[-_DIGEST:]:
         raise ValueError("its table of hashes is damaged")

@@ -211,20 +211,19 @@ def _run_training(args: Sequence[str], command: type[TrainCommand], name: str) -
         _say_of_sweep(options.config, name)
         vary, static = {}, {}
     elif not vary and not static:
-        raise config.ConfigError(
-            f"sweep: {options.config} names nothing to vary; needed: [sweep.vmap] or [sweep.static]"
-        )
+        raise config.ConfigError(f"sweep: {options.config} varies nothing; needed: [sweep.vmap] or [sweep.static]")
 
     import matplotlib
 
     matplotlib.use("Agg")
     from gradjax import ablation, plots, results
 
-    started = time.monotonic()
-    folder = results.unfinished(experiment.output, experiment.name) if options.resume else None
-    folder = folder or results.run_folder(experiment.output, experiment.name)
+    started, first = time.monotonic(), ablation.join_cluster()
+    folder = ablation.agreed_folder(experiment, options.resume)
     with _progress() as progress:
         ds = ablation.sweep(experiment, vary, static, folder=folder, keep_states=name == "train", progress=progress)
+    if not first:
+        return 0  # the first process writes and prints for all
     figure = plots.training_figure(ds, experiment.name) if name == "train" else plots.sweep_figure(ds, experiment.name)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"{name}.{suffix}", dpi=160)

@@ -231,7 +231,7 @@ def sweep_figure(ds: xr.Dataset, title: str = "") -> Figure:
     import matplotlib.pyplot as plt
 
     dims = [str(dim) for dim in ds["trained"].dims if dim != "seed"]
-    loss = ds["validation_loss"].ffill("evaluation").isel(evaluation=-1).median("seed")
+    loss = ds["final_loss"].median("seed")
     trained = ds["trained"].astype(float).mean("seed")
     diverged = (ds["diverged_at"] >= 0).astype(float).mean("seed")
     notes = ""

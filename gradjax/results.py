@@ -55,28 +55,19 @@ def summary(ds: xr.Dataset) -> dict[str, Any]:
         one = flat.isel(setting=i)
         count, seeds = int(one["trained"].sum()), one.sizes["seed"]
         interval = scipy.stats.binomtest(count, seeds).proportion_ci(method="wilson")
-        scores = {key: one[key].values for key in ("validation_score", "test_score")}
-        final = scores["validation_score"].reshape(seeds, -1)
         rows.append(
             {str(name): one[name].item() for name in names if name != "setting"}
             | {
                 "trained": count,
                 "trained_interval": [float(interval.low), float(interval.high)],
-                "validation_score": _nanmedian(_last(final)),
-                "test_score": _nanmedian(scores["test_score"]),
+                "validation_score": _nanmedian(one["final_score"].values),
+                "test_score": _nanmedian(one["test_score"].values),
                 "diverged": int((one["diverged_at"] >= 0).sum()),
             }
         )
     rows.sort(key=lambda row: (-row["trained"], -np.nan_to_num(row["validation_score"], nan=-np.inf)))
     columns = [str(name) for name in names if name != "setting"]
     return {"swept": columns, "num_seeds": ds.sizes["seed"], "plan": ds.attrs.get("plan", ""), "settings": rows}
-
-
-def _last(values: np.ndarray) -> np.ndarray:
-    """The last value of each row that is a number: a seed that rests early has none behind it."""
-    known = ~np.isnan(values)
-    place = values.shape[1] - 1 - known[:, ::-1].argmax(1)
-    return np.where(known.any(1), values[np.arange(len(values)), place], np.nan)
 
 
 def _nanmedian(values: np.ndarray) -> float:

@@ -78,7 +78,9 @@ def test_the_tables_of_a_file_come_back(tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text(config.to_toml(BASE) + text)
     vary, static = (grid.flat(table) for table in config.sweep_tables(path))
-    assert vary == {"optimizer.max_norm": spec, "model.sigma_w": [1.0, 2.0]} and static == {"model.activation": ["relu"]}
+    assert vary == {"optimizer.max_norm": spec, "model.sigma_w": [1.0, 2.0]} and static == {
+        "model.activation": ["relu"]
+    }
     assert config.load(path) == config.loads(path.read_text()) == BASE
 
 

@@ -10,7 +10,15 @@ from gradjax import config, optimizers
 from gradjax.config import Optimizer
 from gradjax.transforms import telemetry
 
-RATES = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "lbfgs": 1.0, "coordinate": 0.3, "adadelta": 30.0, "adagrad": 0.3}
+RATES = {
+    "sgd": 0.1,
+    "momentum": 0.03,
+    "nesterov": 0.03,
+    "lbfgs": 1.0,
+    "coordinate": 0.3,
+    "adadelta": 30.0,
+    "adagrad": 0.3,
+}
 START = {"layers": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}, "readout": {"kernel": jnp.ones((2, 2))}}
 
 
@@ -153,7 +161,7 @@ def test_regularisation_is_the_formula():
 
 
 def test_lbfgs_clips_the_direction_and_never_the_gradient():
-    """On an ill-conditioned quadratic the secant pairs of clipped gradients would be wrong; the step obeys the bound."""
+    """On an ill-conditioned quadratic secant pairs of clipped gradients would be wrong; the step obeys the bound."""
     bound = 0.05
     tx = optimizers.build(settings("lbfgs", clipping="clip_by_global_norm", max_norm=bound), 200)
     steep = lambda p: 0.5 * (1e4 * p["w"][0] ** 2 + p["w"][1] ** 2)
@@ -167,5 +175,5 @@ def test_lbfgs_clips_the_direction_and_never_the_gradient():
 
 
 def test_lbfgs_on_batches_is_refused():
-    with pytest.raises(config.ConfigError, match="train.full_batch = true"):
+    with pytest.raises(config.ConfigError, match=r"train\.full_batch = true"):
         config.check(config.replace(config.Experiment(), {"optimizer.name": "lbfgs"}))
