@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradjax.ablation import sweep as sweep
     from gradjax.spectrum import jacobian_spectrum as jacobian_spectrum
     from gradjax.spectrum import log_singular_values as log_singular_values
     from gradjax.spectrum import lyapunov_exponents as lyapunov_exponents
@@ -26,6 +27,7 @@ _HOME = {
     "moments": "spectrum",
     "layer_jacobians": "step",
     "signals": "step",
+    "sweep": "ablation",
     "telemetry": "transforms",
     "watch": "transforms",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "lyapunov_exponents",
     "moments",
     "signals",
+    "sweep",
     "telemetry",
     "watch",
 ]

@@ -436,9 +436,10 @@ def sweep(
       ConfigError: names and values that cannot be swept, or a folder that belongs to another config.
       gradjax.checkpoint.CheckpointError: the disk is full or read-only; the last good state is named.
 
-    >>> import gradjax, jax
+    >>> import gradjax
+    >>> from gradjax import config
     >>> values = {"model.depth": 2, "model.width": 8, "train.num_steps": 4, "train.eval_every": 2}
-    >>> small = gradjax.config.replace(gradjax.config.Experiment(), values)
+    >>> small = config.replace(config.Experiment(), values)
     >>> ds = gradjax.sweep(small, vary={"optimizer.learning_rate": [0.01, 0.1]}, num_seeds=3)
     >>> dict(ds.loss.sizes)
     {'optimizer.learning_rate': 2, 'seed': 3, 'step': 4}

@@ -126,3 +126,19 @@ def test_activations_are_elementwise_with_finite_slopes(name):
 def test_compile_time_does_not_depend_on_depth(key, x):
     size = lambda depth: str(jax.make_jaxpr(lambda k: init(build(depth=depth), k, x))(key)).count(" = ")
     assert size(10_000) == size(10)
+
+
+@pytest.mark.parametrize("options", [{"depth": 12}, {"depth": 19, "normalization": "batchnorm", "residual": True}])
+def test_rematerialised_layers_are_the_same_bits(options, key, x):
+    """Also where sqrt(depth) does not divide the depth, running statistics included."""
+    plain, remat = (MLP(num_outputs=5, width=16, **options, remat=remat) for remat in (False, True))
+    variables = plain.init({"params": key}, x, train=True)
+
+    def run(model):
+        def loss(params):
+            out, changed = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            return jnp.sum(out**2), changed
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+    jax.tree.map(np.testing.assert_array_equal, run(plain), run(remat))

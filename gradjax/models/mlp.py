@@ -6,6 +6,9 @@ W ~ (sigma_w^2 / fan_in), b ~ sigma_b^2, V ~ (1 / fan_in), c = 0. `depth` counts
 L - 1 square layers between them are one `nn.scan`, so that compile time does not depend on depth, and the layer
 product J = J_L ... J_2 is that of the square layers. `depth=1, width=256` on MNIST is the 784-256-10 classifier.
 
+`remat=True` keeps no activation inside blocks of sqrt(L) layers: the backward pass computes them again. Outputs and
+gradients are the same bits, but with dropout, whose masks are drawn from other keys.
+
 Every float (sigma_w, sigma_b, residual_scale, dropout) may be a traced value; what changes the program (depth,
 width, names) is static. `dropout=None` leaves the layer out, a number puts it in, 0.0 included.
 """
@@ -19,7 +22,7 @@ from jax import Array
 
 from gradjax.activations import ACTIVATIONS
 from gradjax.initializers import WEIGHTS, bias
-from gradjax.step import Links, Scan
+from gradjax.step import Links, Scan, nested_scan
 
 PyTree = Any
 
@@ -80,6 +83,7 @@ class MLP(nn.Module):
     residual_scale: float | Array = 1.0
     normalization: str = "none"
     dropout: float | Array | None = None
+    remat: bool = False
 
     @classmethod
     def from_config(cls, config, num_outputs: int) -> "MLP":
@@ -99,7 +103,9 @@ class MLP(nn.Module):
         the "dropout" key.
         """
         h = self._layer(residual=False, name="embed")(x, train)
-        if self.depth > 1:
+        if self.depth > 1 and self.remat and not self.is_initializing():
+            h = self._rematerialized(h, train)
+        elif self.depth > 1:
             layers = nn.scan(
                 lambda layer, h, _: (layer(h, train), None),
                 variable_axes={"params": 0, "batch_stats": 0},
@@ -108,6 +114,25 @@ class MLP(nn.Module):
             )
             h, _ = layers(self._layer(self.residual, name="layers"), h, None)
         return nn.Dense(self.num_outputs, kernel_init=nn.initializers.lecun_normal(), name="readout")(h)
+
+    def _rematerialized(self, h: Array, train: bool) -> Array:
+        """The same layers on the same variables with gradients in O(sqrt(depth)) memory: blocks of blocks."""
+        layer, count = self._layer(self.residual, parent=None), self.depth - 1
+        own = {kind: tree["layers"] for kind, tree in self.variables.items() if "layers" in tree}
+        keys = None
+        if self.dropout is not None and train:
+            keys = jax.random.split(self.make_rng("dropout"), count)
+
+        def step(h, theta):
+            variables, key = theta
+            rngs = {} if key is None else {"dropout": key}
+            h, changed = layer.apply(variables, h, train, rngs=rngs, mutable=["batch_stats"])
+            return h, changed.get("batch_stats", {})
+
+        h, stats = nested_scan(step, h, (own, keys), count)
+        if train and stats and self.is_mutable_collection("batch_stats"):
+            self.put_variable("batch_stats", "layers", stats)
+        return h
 
     def links(self, variables: PyTree, key: Array | None = None) -> Links:
         """The network in training mode as links, for `gradjax.step` and `gradjax.spectrum`.
