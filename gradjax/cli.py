@@ -216,8 +216,9 @@ def _run_training(args: Sequence[str], command: type[TrainCommand], name: str) -
     import matplotlib
 
     matplotlib.use("Agg")
-    from gradjax import ablation, plots, results
+    from gradjax import ablation, grid, plots, results
 
+    grid.grid(experiment, vary, static)  # a name that cannot be swept leaves no folder behind
     started, first = time.monotonic(), ablation.join_cluster()
     folder = ablation.agreed_folder(experiment, options.resume)
     with _progress() as progress:

@@ -385,8 +385,9 @@ def combine(norms: Sequence[Norm]) -> Norm:
     """Norm of the union of groups of equal shape, sqrt(sum of squares), from their norms.
 
     >>> import jax.numpy as jnp
-    >>> combine([array_norm(jnp.full(9, 1e38)), array_norm(jnp.full(16, 1e38))]).exponent.item()   # 5e38 < 2^129
-    127
+    >>> both = combine([array_norm(jnp.full(9, 1e38)), array_norm(jnp.full(16, 1e38))])  # 5e38, beyond float32
+    >>> round(log2(both).item(), 3)
+    128.555
     """
     dtype = max((n.mantissa.dtype for n in norms), key=lambda dtype: dtype.itemsize)
     return union(Norm(jnp.stack([n.mantissa.astype(dtype) for n in norms]), jnp.stack([n.exponent for n in norms])))

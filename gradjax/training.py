@@ -153,7 +153,8 @@ def _train_step(state: State, model: Any, experiment: Experiment, data: Splits, 
 
     (loss, (score, changed)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     extra = {"grad": grads, "value_fn": lambda p: loss_of(p)[0]} if experiment.optimizer.name == "lbfgs" else {}
-    updates, opt_state = tx.update(grads, state.opt_state, params, value=loss, **extra)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam mixes floats and int32 counts, whatever the user forbids
+        updates, opt_state = tx.update(grads, state.opt_state, params, value=loss, **extra)
     assert isinstance(opt_state, RuleState)
     fine = opt_state.telemetry["frozen_at"] < 0  # else back to the last good parameters
     moved = _select(fine, optax.apply_updates(params, updates), last_good_params(opt_state))

@@ -20,17 +20,10 @@ BASE = config.replace(
 VARY = {"optimizer.learning_rate": [1e-2, 1e-1, 1e18]}
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    with jax.numpy_dtype_promotion("standard"):
-        folder = tmp_path_factory.mktemp("sweep") / "run"
-        return folder, ablation.sweep(BASE, VARY, folder=folder)
+    folder = tmp_path_factory.mktemp("sweep") / "run"
+    return folder, ablation.sweep(BASE, VARY, folder=folder)
 
 
 def equal(a: xr.Dataset, b: xr.Dataset) -> bool:

@@ -129,3 +129,56 @@ def test_the_shipped_configs_keep_their_verdict(name, verdict, depth, seed, diag
     assert status == 0
     assert [f["pathology"] for f in record["findings"]] == ([verdict] if verdict else [])
     assert record["healthy"] is (verdict is None)
+
+
+TINY = """
+name = "small"
+[model]
+depth = 2
+width = 8
+[train]
+num_steps = 10
+eval_every = 5
+num_seeds = 2
+target = 0.05
+"""
+
+
+def test_train_writes_curves_states_and_scores(tmp_path, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(TINY)
+    assert main(["train", str(path), "--output", str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert "2/2" in out and "A seed is trained when its validation score reaches 0.05" in out
+    folder = tmp_path / "runs/small"
+    assert {"config.toml", "results.nc", "summary.json", "train.png", "train.svg"} <= {p.name for p in folder.iterdir()}
+    assert [p.name for p in (folder / "checkpoints/000-00000").iterdir()] == ["000000000010"]  # the trained states
+
+
+def test_sweep_prints_json_and_names_its_settings(tmp_path, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(TINY + "[sweep.vmap]\noptimizer.learning_rate = [0.01, 0.1]\nmodel.sigma_w = [1.0, 2.0]\n")
+    assert main(["sweep", str(path), "--output", str(tmp_path / "runs"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert len(summary["settings"]) == 4 and summary["swept"] == ["optimizer.learning_rate", "model.sigma_w"]
+    assert (tmp_path / "runs/small/sweep.png").stat().st_size > 10_000
+    resumed = ["sweep", str(path), "--output", str(tmp_path / "runs"), "--resume", "--train.num_seeds", "3"]
+    (tmp_path / "runs/small/results.nc").unlink()
+    assert main(resumed) == 2
+    assert "train.num_seeds: 2 and 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("", "varies nothing"),
+        ("[sweep.vmap]\nmodel.depth = [1, 2]\n", "put it under sweep.static"),
+        ("[sweep.vmap]\nmodel.sigma = [1.0]\n", "did you mean 'model.sigma_w'"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_message(tmp_path, capsys, more, words):
+    path = tmp_path / "small.toml"
+    path.write_text(TINY + more)
+    assert main(["sweep", str(path), "--output", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err and not (tmp_path / "runs").exists()

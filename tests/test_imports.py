@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
     "plots": set(),
     "report": {"config", "results", "plots", "diagnosis"},
-    "cli": {"config", "measure", "diagnosis", "remedies", "ablation", "cure", "results", "plots"} | {"report", "tasks"},
+    "cli": {"config", "grid", "measure", "diagnosis", "remedies", "ablation", "cure", "results", "plots"}
+    | {"report", "tasks"},
     "__main__": {"cli"},
 }
 
