@@ -7,7 +7,7 @@ L - 1 square layers between them are one `nn.scan`, so that compile time does no
 product J = J_L ... J_2 is that of the square layers. `depth=1, width=256` on MNIST is the 784-256-10 classifier.
 
 `remat=True` keeps no activation inside blocks of sqrt(L) layers: the backward pass computes them again. Outputs and
-gradients are the same bits, but with dropout, whose masks are drawn from other keys.
+gradients are the same to rounding, but with dropout, whose masks are drawn from other keys.
 
 Every float (sigma_w, sigma_b, residual_scale, dropout) may be a traced value; what changes the program (depth,
 width, names) is static. `dropout=None` leaves the layer out, a number puts it in, 0.0 included.
