@@ -254,7 +254,7 @@ def sweep_figure(ds: xr.Dataset, title: str = "") -> Figure:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _line_panel(ax: Axes, values: xr.DataArray, dim: str, name: str) -> None:
@@ -283,6 +283,7 @@ def _plane_panel(figure: Figure, ax: Axes, values: xr.DataArray, dims: list[str]
         every = max(1, len(ticks) // 8)
         axis.set_ticks(np.arange(len(ticks))[::every], [_short(x) for x in ticks[::every]])
         axis.set_label_text(dim)
+    ax.label_outer()
     ax.tick_params(axis="x", rotation=45)
     ax.grid(False)
     ax.set_title(name)

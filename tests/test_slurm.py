@@ -1,0 +1,64 @@
+"""scripts/sweep_slurm.py on submitit's local executor: processes share a sweep; one that was stopped goes on."""
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gradjax import ablation, config, results
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parent.parent / "scripts/sweep_slurm.py"
+
+CONFIG = """
+name = "slurm"
+[model]
+depth = 2
+width = 16
+[train]
+num_steps = 2000
+eval_every = 50
+num_seeds = 4
+lanes = 1
+checkpoint_seconds = 0.0
+[sweep.vmap]
+optimizer.learning_rate = [0.001, 0.01]
+"""
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("sweep_slurm", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep_slurm"] = module  # submitit pickles the job by its module's name
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["sweep_slurm"]
+
+
+@pytest.mark.parametrize("processes, preempt", [(2, False), (1, True)])
+def test_a_job_gives_the_bits_of_the_plain_sweep(script, tmp_path, monkeypatch, processes, preempt):
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    path = tmp_path / "slurm.toml"
+    path.write_text(CONFIG)
+    flags = (f"--output={tmp_path / 'runs'}",)
+    job = script.Job(str(path), flags, processes, logs=str(tmp_path / "logs"), local=True)
+    handle = script.submit(job)
+    if preempt:
+        while not any((tmp_path / "runs").glob("slurm/checkpoints/*/*")):
+            assert handle.state in ("RUNNING", "UNKNOWN", "PENDING"), handle.stderr()
+            time.sleep(0.05)
+        handle.cancel()
+        handle.wait()
+        assert not (tmp_path / "runs/slurm/results.nc").exists()
+        again = script.Sweep((str(path), *flags)).checkpoint()  # what a preempted job is requeued with
+        assert again.function == script.Sweep((str(path), *flags))
+        handle = script.submit(job)
+    assert handle.results() == [0] * processes
+    vary, static = config.sweep_tables(path)
+    plain = ablation.sweep(config.load(path), vary, static).drop_attrs()
+    assert results.load(tmp_path / "runs/slurm/results.nc").drop_attrs().identical(plain)
+    assert len(list((tmp_path / "runs").iterdir())) == 1  # the requeued job went on in the same folder
