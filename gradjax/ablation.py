@@ -9,7 +9,7 @@ With `train.shard = "batch"` there is one worker, and the batch is spread over a
 
 With a folder, a finished block is a file in `shards/` and an unfinished one a checkpoint in `checkpoints/`: what is
 killed at any moment goes on from there, in another number of processes too. Processes of a cluster (`jax.distributed`)
-share the blocks out and talk to each other only at the start and at the end.
+share the blocks out and wait for each other only at the start and after each static setting.
 
 Cost: one compilation per static setting (and accelerator), and one more where `train.eval_every` does not divide
 `train.num_steps`.

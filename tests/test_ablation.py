@@ -53,7 +53,7 @@ def test_a_diverged_member_is_marked_and_the_others_train(whole):
     assert (calm.diverged_at == -1).all() and (calm.loss[..., -5:].mean("step") < calm.loss[..., :5].mean("step")).all()
 
 
-def test_in_memory_on_one_worker_and_in_another_process_count_the_bits_are_equal(whole, monkeypatch):
+def test_in_memory_and_on_one_worker_the_bits_are_equal(whole, monkeypatch):
     monkeypatch.setattr(ablation, "rule_for_workers", lambda experiment: 1)
     assert equal(ablation.sweep(BASE, VARY), whole[1])
 
