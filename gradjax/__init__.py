@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradjax.ablation import sweep as sweep
+    from gradjax.diagnosis import diagnose as diagnose
     from gradjax.spectrum import jacobian_spectrum as jacobian_spectrum
     from gradjax.spectrum import log_singular_values as log_singular_values
     from gradjax.spectrum import lyapunov_exponents as lyapunov_exponents
     from gradjax.spectrum import moments as moments
     from gradjax.step import layer_jacobians as layer_jacobians
     from gradjax.step import signals as signals
+    from gradjax.taps import functional as functional
+    from gradjax.taps import probe as probe
+    from gradjax.taps import tap as tap
     from gradjax.transforms import telemetry as telemetry
     from gradjax.transforms import watch as watch
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "diagnose": "diagnosis",
+    "functional": "taps",
+    "probe": "taps",
+    "tap": "taps",
     "jacobian_spectrum": "spectrum",
     "log_singular_values": "spectrum",
     "lyapunov_exponents": "spectrum",
@@ -34,13 +42,17 @@ _HOME = {
 
 __all__ = [
     "__version__",
+    "diagnose",
+    "functional",
     "jacobian_spectrum",
     "layer_jacobians",
     "log_singular_values",
     "lyapunov_exponents",
     "moments",
+    "probe",
     "signals",
     "sweep",
+    "tap",
     "telemetry",
     "watch",
 ]

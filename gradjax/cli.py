@@ -58,11 +58,11 @@ def _diagnose(args: Sequence[str]) -> int:
     from rich.console import Console
 
     from gradjax import diagnosis, results
-    from gradjax.measure import measure
+    from gradjax.measure import examine
 
     started = time.monotonic()
     with Console(stderr=True).status("starting JAX") as status:
-        ds = measure(experiment, progress=status.update)
+        ds, evidence = examine(experiment, progress=status.update)
         status.update("verdict, figure and files")
         folder = results.run_folder(experiment.output, experiment.name)
         meta = {
@@ -76,7 +76,7 @@ def _diagnose(args: Sequence[str]) -> int:
             "config": config.to_dict(experiment),
             "versions": results.provenance(),
         }
-        verdict = diagnosis.judge(ds, meta)
+        verdict = diagnosis.judge(evidence, ds, meta)
         _write(folder, experiment, verdict)
     if options.json:
         print(verdict.to_json())
@@ -98,13 +98,9 @@ def _write(folder, experiment: config.Experiment, verdict) -> None:
     (folder / "config.toml").write_text(text)
     (folder / "diagnosis.json").write_text(verdict.to_json() + "\n")
     results.save(ds, folder / "results.nc")
-    figure = plots.diagnosis_figure(ds, f"{experiment.name}: {_headline(verdict, ' ')}")
+    figure = plots.diagnosis_figure(ds, f"{experiment.name}: {verdict.headline.replace('_', ' ')}")
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"diagnosis.{suffix}", dpi=160)
-
-
-def _headline(verdict, space: str = "_") -> str:
-    return ", ".join(f.pathology.replace("_", space) for f in verdict.findings) or "healthy"
 
 
 def _print_verdict(verdict, folder) -> None:
@@ -166,7 +162,7 @@ def _print_verdict(verdict, folder) -> None:
         if verdict.meta[name]:
             console.print(f"{name.replace('_', ' ')}: {verdict.meta[name]}", highlight=False)
     style = "bold green" if verdict.healthy else "bold red"
-    console.print(f"\nverdict: [{style}]{_headline(verdict)}[/]")
+    console.print(f"\nverdict: [{style}]{verdict.headline}[/]")
     for finding in verdict.findings:
         console.print(diagnosis.explain(finding), highlight=False)
         console.print(f"Remedies to try: {', '.join(finding.remedies)}.", highlight=False)

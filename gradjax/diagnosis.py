@@ -1,67 +1,49 @@
-"""Diagnosis: measurements -> findings, most causal first, each with its numbers, threshold and remedies.
+"""Diagnosis: evidence -> findings, most causal first, as an object, JSON, figure and plain words.
 
-The main rule. G is the change of log rms of the cotangent d loss / d h from the last hidden layer to the first. A
-critical network of finite width does not have G = 0: for a product of L layers of widths n_l
-
-    log ||J u||^2  ~  N(-beta/2, beta),   beta = 5 sum_l 1 / n_l        (ReLU; Hanin & Nica 2018, arXiv 1812.05994)
-
-so G is called exploding (vanishing) when G > 6 (G < -6), a factor of 400, *and* it lies more than three standard
-deviations, 3 sqrt(beta)/2, above (below) the critical mean -beta/4. Smoother activations fluctuate less: the rule
-errs towards calling them healthy.
-
-The start of an explosion is where the maximal-sum run of the growths per layer begins, in the direction of the
-backward pass: the last hidden layer when every layer contributes, the guilty one when one does.
-
-Does not cover: the first training steps, and pathologies without growth (saturation, dead units ...).
+`diagnose` takes any loss function; the command line takes configs and goes the same way (`gradjax.measure`). The rules
+and their thresholds are in `gradjax.rules`, what they rest on in `gradjax.evidence`.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import xarray as xr
+from jax import lax
 
-from gradjax import results
+from gradjax import matrix_free, results, rules
+from gradjax.evidence import Evidence, Examination
+from gradjax.rules import Dynamics, Finding
+from gradjax.taps import arrays_of, merger
+from gradjax.transforms import telemetry
 
-GROWTH_NATS = 6.0
-STANDARD_DEVIATIONS = 3.0
-_SOURCE = (
-    "design rule |G| > 6 nats (a factor of 400), beyond 3 standard deviations of the finite-width fluctuation "
-    "log||Ju||^2 ~ N(-beta/2, beta), beta = 5 sum 1/n (Hanin & Nica 2018, arXiv 1812.05994)"
-)
-REMEDIES = {
-    "exploding_gradients": ("critical_initialization", "orthogonal_weights", "layernorm", "clip_by_global_norm"),
-    "vanishing_gradients": ("critical_initialization", "orthogonal_weights", "residual", "layernorm"),
-    "exploding_activations": ("critical_initialization", "layernorm", "residual_scaling"),
-    "non_finite": ("normalize_inputs", "critical_initialization", "lower_learning_rate"),
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One pathology: what, where it starts, by which numbers, against which threshold, and what to try."""
-
-    pathology: str
-    where: dict[str, Any]  # {"kind": "layer", "index": 0-based, "name"}
-    evidence: dict[str, Any]  # natural logarithms unless the name says otherwise
-    threshold: float
-    source: str
-    remedies: tuple[str, ...]
+PyTree = Any
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The verdict over one measured network: findings, most causal first, and the measurements they rest on."""
+    """The verdict over a network: findings, most causal first, and the measurements they rest on."""
 
     findings: tuple[Finding, ...]
     measurements: xr.Dataset
     meta: dict[str, Any]
+    not_run: dict[str, str]  # rule -> what it would need
 
     @property
     def healthy(self) -> bool:
         """Whether there is no finding."""
         return not self.findings
+
+    @property
+    def headline(self) -> str:
+        """The findings' names in one line, `healthy` without any."""
+        return ", ".join(finding.pathology for finding in self.findings) or "healthy"
 
     def to_json(self) -> str:
         """The JSON object of `gradjax diagnose --json`: valid JSON, non-finite numbers as strings."""
@@ -72,9 +54,183 @@ class Diagnosis:
                 "layers": layers(self.measurements),
                 "product": product(self.measurements),
                 "theory": theory(self.measurements),
+                "not_run": self.not_run,
                 "meta": self.meta,
             }
         )
+
+    def figure(self) -> Any:
+        """A matplotlib figure of what goes forward and what comes back per layer."""
+        from gradjax import plots
+
+        return plots.diagnosis_figure(self.measurements, self.headline.replace("_", " "))
+
+    def __str__(self) -> str:
+        parts = [f"verdict: {self.headline}"]
+        for finding in self.findings:
+            parts += [explain(finding), f"Remedies to try: {', '.join(finding.remedies)}."]
+        if self.not_run:
+            parts.append("Not run: " + "; ".join(f"{rule} ({why})" for rule, why in self.not_run.items()) + ".")
+        return "\n".join(parts)
+
+
+# -- the way in ------------------------------------------------------------------------------------------
+
+
+def diagnose(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    has_aux: bool = False,
+    tx: optax.GradientTransformation | None = None,
+    opt_state: PyTree = None,
+    learning_rate: float | None = None,
+    num_steps: int = 20,
+    history: Any = None,
+) -> Diagnosis:
+    """What ails a network, at the given parameters and data: pathology, layer, cause, numbers, remedies.
+
+    Module outputs of Linen, NNX and Equinox have names by themselves; in a plain function mark values with
+    `gradjax.tap`. Rules about training need `tx` (they take `num_steps` steps on the given arguments), `learning_rate`
+    (the curvature is compared with 2 / learning_rate) or `history`; those without are listed in `not_run`.
+
+    Args:
+      loss_fn: (params, *args) -> loss of shape (), or (loss, aux) with `has_aux`.
+      params: pytree of floating arrays, or an NNX or Equinox model.
+      args: one batch, examples on the first axis; what is no array is static.
+      has_aux: as in `jax.value_and_grad`.
+      tx: Optax optimiser of the run.
+      opt_state: its state; `tx.init(params)` by default.
+      learning_rate: of plain gradient descent (or momentum), for the rule on curvature.
+      num_steps: how many steps are taken with `tx`.
+      history: losses (steps,), or a mapping with "loss" such as `gradjax.Monitor.history`.
+
+    Returns:
+      `Diagnosis`; `print` it.
+
+    Raises:
+      ValueError: as `gradjax.probe`.
+
+    >>> import jax, jax.numpy as jnp, gradjax
+    >>> def loss(ws, x):
+    ...     for i, w in enumerate(ws):
+    ...         x = gradjax.tap(jnp.tanh(x @ w), f"layer{i}")
+    ...     return jnp.mean(x**2)
+    >>> ws = 3.0 / 64**0.5 * jax.random.normal(jax.random.key(0), (40, 64, 64))
+    >>> gradjax.diagnose(loss, list(ws), jax.random.normal(jax.random.key(1), (32, 64))).headline
+    'exploding_gradients'
+    """
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"diagnose: num_steps is {num_steps}; an integer of at least 1 is needed.")
+    examination = Examination(loss_fn, params, args, has_aux)
+    evidence = examination()
+    dynamics, not_run = _dynamics(examination, args, has_aux, tx, opt_state, learning_rate, num_steps, history)
+    not_run |= {f"value {name}": why for name, why in evidence.skipped.items()}
+    meta = {"loss": evidence.loss, "layers": len(evidence.layers), "hidden_layers": evidence.hidden}
+    return Diagnosis(rules.findings(evidence, dynamics), dataset([evidence]), meta, not_run)
+
+
+def _dynamics(examination, args, has_aux, tx, opt_state, learning_rate, num_steps, history) -> tuple[Dynamics, dict]:
+    """What is known of training, and which rules have nothing to go by."""
+    not_run, losses, seen, bad, sharpness = {}, np.zeros(0), {}, _bad_leaves(opt_state), None
+    loss_fn, params = examination.traced.loss_fn, examination.traced.params
+    scalar = (lambda p, *a: loss_fn(p, *a)[0]) if has_aux else loss_fn
+    if tx is not None:
+        state = tx.init(params) if opt_state is None else opt_state
+        losses, state = _steps(scalar, tx, params, state, args, num_steps)
+        seen = {key: np.asarray(value) for key, value in telemetry(state).items()}
+        bad = bad or (_bad_leaves(state) if np.isfinite(losses).all() else ())
+    elif opt_state is None:
+        not_run["frozen_optimizer"] = "needs opt_state or tx"
+    if not any(key.endswith("/clip_fraction") for key in seen):
+        not_run["clipping_always, clipping_never"] = "need tx with a clipping rule of gradjax.transforms"
+    if learning_rate is not None:
+        found = matrix_free.sharpness(scalar, params, *args, key=jax.random.key(0))
+        sharpness = float(found.eigenvalues)
+    elif tx is None:
+        not_run["unstable_step_size"] = "needs learning_rate or tx"
+    from_history = history is not None
+    if from_history:
+        past = history.get("loss") if isinstance(history, Mapping) else history
+        if past is None or np.ndim(past) != 1:
+            raise ValueError('diagnose: history must be losses (steps,), or a mapping with such a "loss".')
+        losses = np.asarray(past, float)
+    else:
+        not_run["loss_spikes"] = "needs history"
+    return Dynamics(losses, seen, bad, sharpness, learning_rate, from_history), not_run
+
+
+def _steps(scalar: Callable, tx: Any, params: PyTree, state: PyTree, args: tuple, num_steps: int) -> tuple:
+    """(losses before each step and after the last, the optimiser's state) of training on one batch."""
+    tx = optax.with_extra_args_support(tx)
+    arrays, merge = arrays_of(args), merger(args)
+
+    @jax.jit
+    def run(params, state, arrays):
+        loss_of = lambda p: scalar(p, *merge(arrays))
+
+        def one(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(loss_of)(params)
+            updates, state = tx.update(grads, state, params, value=loss, grad=grads, value_fn=loss_of)
+            return (optax.apply_updates(params, updates), state), loss
+
+        (params, state), losses = lax.scan(one, (params, state), None, length=num_steps)
+        return jnp.append(losses, loss_of(params)), state
+
+    losses, state = run(params, state, arrays)
+    return np.asarray(losses, float), state
+
+
+def _bad_leaves(tree: PyTree) -> tuple[str, ...]:
+    """Key paths of the floating leaves that hold inf or NaN."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    floats = [(p, x) for p, x in flat if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)]
+    return tuple(jax.tree_util.keystr(p) for p, x in floats if not np.isfinite(np.asarray(x, np.float64)).all())
+
+
+def dataset(evidences: Sequence[Evidence]) -> xr.Dataset:
+    """The measurements of one network, or of several seeds of it, per hidden layer: float64 natural logarithms."""
+    first = evidences[0]
+    hidden = slice(0, first.hidden)
+    stack = lambda name: (("seed", "layer"), np.stack([getattr(e, name)[hidden] for e in evidences]))
+    names = [layer.name for layer in first.layers[hidden]]
+    counts = Counter(names)
+    unique = [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+    return xr.Dataset(
+        {
+            "log_activation_rms": stack("log_activation"),
+            "log_cotangent_rms": stack("log_cotangent"),
+            "log_gradient_norm": stack("log_gradient"),
+            "loss": (("seed",), np.array([e.loss for e in evidences])),
+        },
+        coords={"layer": unique, "seed": np.arange(len(evidences))},
+        attrs={"left_out": "see gradjax.jacobian_spectrum", "notes": "", "theory": "", "width": min(first.size[hidden])}
+        if names
+        else {"left_out": "no layer was found", "notes": "", "theory": ""},
+    )
+
+
+ALWAYS = ("non_finite", "exploding_activations")  # one seed is enough
+
+
+def vote(seeds: Sequence[tuple[Finding, ...]]) -> tuple[Finding, ...]:
+    """The findings of half of the seeds, each as the seed in the middle (by where it starts) has it."""
+    out = []
+    for name in rules.CAUSAL:
+        found = sorted((f for each in seeds for f in each if f.pathology == name), key=lambda f: f.where["index"])
+        if found and (2 * len(found) >= len(seeds) or name in ALWAYS):
+            middle = found[(len(found) - 1) // 2]
+            out.append(replace(middle, evidence=middle.evidence | {"share_of_seeds": len(found) / len(seeds)}))
+    return tuple(rules.in_order(out))
+
+
+def judge(evidence: Sequence[Evidence], ds: xr.Dataset, meta: dict[str, Any] | None = None) -> Diagnosis:
+    """The diagnosis of several seeds of one network; `ds` holds what was measured, `meta` goes into the JSON."""
+    return Diagnosis(vote([rules.findings(e, None) for e in evidence]), ds, meta or {}, {})
+
+
+# -- what the JSON says ----------------------------------------------------------------------------------
 
 
 def median(ds: xr.Dataset, name: str) -> np.ndarray | None:
@@ -150,110 +306,6 @@ def theory(ds: xr.Dataset) -> dict[str, Any]:
     return out | dict(zip(fields, map(finite, (*per_layer, z[0])), strict=True))
 
 
-def maximal_run(growth: np.ndarray) -> tuple[int, int]:
-    """The run [first, last] of `growth` with the largest sum (Kadane's algorithm); ties go to the earliest.
-
-    >>> maximal_run(np.array([0.1, -3.0, 2.0, 2.0, -0.5, 0.2]))
-    (2, 3)
-    """
-    best, run = (-math.inf, 0, 0), (0.0, 0)
-    for i, value in enumerate(growth):
-        run = (run[0] + float(value), run[1]) if run[0] > 0 else (float(value), i)
-        if run[0] > best[0]:
-            best = (run[0], run[1], i)
-    return best[1], best[2]
-
-
-def _where(ds: xr.Dataset, index: int) -> dict[str, Any]:
-    return {"kind": "layer", "index": index, "name": str(ds["layer"].values[index])}
-
-
-def _overflow(ds: xr.Dataset) -> Finding | None:
-    """The first layer whose activations are not finite in some seed: nothing behind it can be measured."""
-    activation = np.asarray(ds["log_activation_rms"])
-    bad = np.isnan(activation) | np.isposinf(activation)
-    if not bad.any():
-        return None
-    starts = [int(row.argmax()) for row in bad if row.any()]
-    start = int(np.median(starts))
-    before = activation[bad.any(1), max(start - 1, 0)]
-    return Finding(
-        "exploding_activations",
-        _where(ds, start),
-        {"share_of_seeds": len(starts) / len(bad), "log_activation_rms_before": float(np.median(before))},
-        math.log(float(np.finfo(np.float32).max)),
-        "the forward pass leaves the range of float32, |h| > 3.4e38; gradients behind it cannot be measured",
-        REMEDIES["exploding_activations"],
-    )
-
-
-def _non_finite(ds: xr.Dataset) -> Finding | None:
-    """Finite activations but a loss or cotangent that is not: the read-out or the loss itself."""
-    cotangent = np.asarray(ds["log_cotangent_rms"])
-    bad = np.isnan(cotangent) | np.isposinf(cotangent)
-    if not bad.any():
-        return None
-    last = max(int(np.flatnonzero(row)[-1]) for row in bad if row.any())
-    evidence = {"share_of_seeds": float(bad.any(1).mean()), "loss": float(np.median(ds["loss"]))}
-    source = "a cotangent that is inf or NaN where every activation is finite"
-    return Finding("non_finite", _where(ds, last), evidence, math.inf, source, REMEDIES["non_finite"])
-
-
-def _gradient_growth(ds: xr.Dataset) -> Finding | None:
-    """The main rule of the module's docstring."""
-    cotangent, activation, gain = (median(ds, f"log_{x}") for x in ("cotangent_rms", "activation_rms", "gain"))
-    assert cotangent is not None and activation is not None
-    steps = len(cotangent) - 1
-    if steps == 0 or cotangent[-1] == -np.inf:
-        return None
-    beta = 5.0 * steps / float(ds.attrs["width"])
-    mean, deviation = -beta / 4, math.sqrt(beta) / 2
-    growth = float(cotangent[0] - cotangent[-1])
-    exploding = max(GROWTH_NATS, mean + STANDARD_DEVIATIONS * deviation)
-    vanishing = min(-GROWTH_NATS, mean - STANDARD_DEVIATIONS * deviation)
-    if vanishing <= growth <= exploding:
-        return None
-    pathology = "exploding_gradients" if growth > 0 else "vanishing_gradients"
-    with np.errstate(invalid="ignore"):  # behind a cut every cotangent is -inf
-        backward = np.sign(growth) * (cotangent[:-1] - cotangent[1:])[::-1]
-    first, last = _guilty_run(backward)
-    return Finding(
-        pathology,
-        _where(ds, steps - first),
-        {
-            "growth_nats": growth,
-            "growth_nats_per_layer": growth / steps,
-            "standard_deviations": (growth - mean) / deviation,
-            "run_ends_at": str(ds["layer"].values[steps - 1 - last]),
-            "log_layer_gain": None if gain is None else float(np.median(gain[1:])),
-            "log_activation_rms_first": float(activation[0]),
-            "log_activation_rms_last": float(activation[-1]),
-        },
-        exploding if growth > 0 else vanishing,
-        _SOURCE,
-        REMEDIES[pathology],
-    )
-
-
-def _guilty_run(backward: np.ndarray) -> tuple[int, int]:
-    """Where a growth per layer (in the order of the backward pass, of positive sum) takes place.
-
-    The run of the largest sum after half the mean growth is taken off every layer, so that the fluctuations of
-    healthy layers do not join the run of one guilty layer. An infinite growth (a cut) is a run by itself.
-    """
-    infinite = np.flatnonzero(np.isposinf(backward))
-    if infinite.size:
-        return int(infinite[0]), int(infinite[0])
-    return maximal_run(backward - backward.mean() / 2)
-
-
-def judge(ds: xr.Dataset, meta: dict[str, Any] | None = None) -> Diagnosis:
-    """Findings of a dataset of `gradjax.measure.measure` (medians over its seeds); `meta` goes into the JSON."""
-    overflow = _overflow(ds) or _non_finite(ds)
-    found = [overflow or _gradient_growth(ds)]
-    return Diagnosis(tuple(f for f in found if f is not None), ds, meta or {})
-
-
 # -- in words --------------------------------------------------------------------------------------------
 
 
@@ -272,26 +324,50 @@ def factor(nats: float) -> str:
     return f"{digits.removesuffix('.0')}e{exponent:+03d}"
 
 
+_WORDS = {
+    "non_finite": "{place} holds inf or NaN ({cause}).",
+    "exploding_activations": "The forward pass grows until {place}; the largest entry before it is {before}.",
+    "saturated_units": "{saturated_share:.0%} of the units of {place} are saturated ({activation}).",
+    "dead_units": "{dead_share:.0%} of the ReLU units of {place} are off for every example: no gradient passes them.",
+    "symmetric_units": "All units of {place} have the same value, and will always have the same gradient.",
+    "rank_collapse": "From {place} on all {of} become one point (share of variance left: {share:.2g}).",
+    "attention_logit_growth": "The attention logits of {place} spread by {logit_deviation:.3g}: a row sees one key.",
+    "ill_conditioned_jacobian": "The weights of {place} pass less than a quarter of their directions.",
+    "shattered_gradients": "Inputs 1% apart have gradients of cosine {cosine:.2f}: white noise, not a slope.",
+    "untrained_layer": "{place} has no differentiable path to the loss, and so have {count} leaves in all.",
+    "norm_overflow": "The gradient of {place} has a norm of {norm}: finite, but its square is not.",
+    "frozen_optimizer": "The optimiser's state {place} holds inf or NaN: those parameters never move again.",
+    "loss_spikes": "The loss jumps {spikes} times, first at step {first_step}, up to {largest_factor:.3g} times its median.",
+    "clipping_always": "{place} clips every step: its threshold sets the step, not the gradient.",
+    "clipping_never": "{place} never clips: its threshold does nothing.",
+}
+
+
 def explain(finding: Finding) -> str:
     """One finding in plain words, with its numbers."""
-    name, e = finding.where["name"], finding.evidence
-    if finding.pathology == "exploding_activations":
-        return (
-            f"The forward pass leaves the range of float32 at {name} in {e['share_of_seeds']:.0%} of the seeds "
-            f"(rms before it {factor(e['log_activation_rms_before'])}); nothing behind it can be measured."
-        )
-    if finding.pathology == "non_finite":
-        return f"Activations are finite, but the cotangent at {name} is not (median loss {e['loss']:.3g})."
-    growth = e["growth_nats"]
-    text = (
-        f"On its way back from {name} to {e['run_ends_at']} the gradient {'grows' if growth > 0 else 'shrinks'}: "
-        f"{growth:+.1f} nats in all, a factor of {factor(growth)}, {e['growth_nats_per_layer']:+.3f} nats per layer. "
-        f"The threshold is {finding.threshold:+.1f} nats; the growth is {abs(e['standard_deviations']):.0f} standard "
-        "deviations from that of a critical network of this width and depth."
+    e, place = finding.evidence, finding.where["name"]
+    if "growth_nats" in e:
+        return _explain_growth(finding)
+    if finding.pathology == "unstable_step_size":
+        if "sharpness" in e and e["sharpness_over_2_lr"] > 1:
+            return f"The sharpness {e['sharpness']:.3g} is {e['sharpness_over_2_lr']:.2g} times 2 / learning_rate."
+        return f"On one and the same batch the loss goes from {e['loss_first']:.3g} to {e['loss_last']:.3g}."
+    before = factor(e["log_max_before"]) if "log_max_before" in e else "unknown"
+    norm = factor(e["log_norm"]) if "log_norm" in e else ""
+    text = _WORDS[finding.pathology].format(
+        place=place, cause=finding.cause.replace("_", " "), before=before, norm=norm, count=len(e.get("leaves", ())), **e
     )
-    if e["log_layer_gain"] is not None:
-        text += (
-            f" Why: a layer Jacobian multiplies by {factor(e['log_layer_gain'])} (rms singular value, median over "
-            "layers), where 1 keeps a gradient."
-        )
-    return text
+    return text + (f" Cause: {finding.cause.replace('_', ' ')}." if finding.pathology != "non_finite" else "")
+
+
+def _explain_growth(finding: Finding) -> str:
+    e, growth = finding.evidence, finding.evidence["growth_nats"]
+    what = "gradient" if "gradient" in finding.pathology or "batchnorm" in finding.pathology else "activation"
+    way = f"from {finding.where['name']}" + (f" to {e['run_ends_at']}" if "run_ends_at" in e else "")
+    back = "On its way back " if what == "gradient" else "On its way "
+    return (
+        f"{back}{way} the {what} {'grows' if growth > 0 else 'shrinks'}: {growth:+.1f} nats in all, a factor of "
+        f"{factor(growth)}, {e['growth_nats_per_layer']:+.3f} nats per {finding.where['kind']}. The threshold is "
+        f"{finding.threshold:+.1f} nats; the growth is {abs(e['standard_deviations']):.0f} standard deviations from that "
+        f"of a critical network of this width and depth. Cause: {finding.cause.replace('_', ' ')}."
+    )

@@ -1,7 +1,7 @@
-"""Measurements of a configured network at initialisation, over vmapped seeds: config -> xarray.Dataset.
+"""Measurements of a configured network at initialisation, over seeds: config -> evidence, Dataset.
 
-Per seed and hidden layer: activation rms, cotangent rms and parameter-gradient norm of one training batch
-(`gradjax.step.signals`: overflow-safe); per layer Jacobian its largest, smallest and rms singular value; of the layer
+Per seed and hidden layer: activation rms, cotangent rms and parameter-gradient norm of one training batch, on the path
+that any loss function takes (`gradjax.evidence`); per layer Jacobian its largest, smallest and rms singular value; of the layer
 product all log singular values (`gradjax.spectrum`), at the batch's first example. All logarithms are natural.
 
 The batch and its split depend on `experiment.seed` alone; seed i of the network is the same whatever `num_seeds` is.
@@ -10,6 +10,8 @@ Cost: one compiled program for the signals, O(depth * width^3) per seed for the 
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,12 @@ import optax
 import xarray as xr
 from jax import Array
 
-from gradjax import tasks, theory
+from gradjax import diagnosis, tasks, theory
 from gradjax.config import Experiment, Model
+from gradjax.evidence import Evidence, Examination
 from gradjax.models import MODELS
 from gradjax.spectrum import jacobian_spectrum
-from gradjax.step import layer_jacobian, signals
+from gradjax.step import layer_jacobian
 
 # Work of the spectra in units of width^3, 30 per layer: some 2e9 a second on two cores.
 ALL_SEEDS_WORK = 5e10  # fewer seeds beyond it
@@ -77,7 +80,33 @@ def _theory(model: Model, batch: tasks.Split, classes: int, anchor: float) -> di
     return {f"theory_{name}": (("layer",)[: np.ndim(x)], x) for name, x in predicted._asdict().items()}
 
 
+def _evidence(model: Any, init: Callable, keys: Array, batch: tasks.Split, depth: int) -> list[Evidence]:
+    """The evidence of every seed, by one compiled program; the hidden layers are called hidden_1, hidden_2 ..."""
+
+    def loss_fn(params, rest, key, x, y):
+        rngs = {"dropout": key}
+        logits, _ = model.apply({"params": params, **rest}, x, True, rngs=rngs, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def network(key: Array) -> tuple:
+        variables, dropout_key = init(key)
+        return variables.pop("params"), (variables, dropout_key, batch.x, batch.y)
+
+    make = jax.jit(network)
+    examination = Examination(loss_fn, *make(keys[0]))
+    found = [examination(*make(key)) for key in keys]
+    rename = lambda layers: [replace(x, name=f"hidden_{i + 1}") if i < depth else x for i, x in enumerate(layers)]
+    return [replace(e, layers=rename(e.layers)) for e in found]
+
+
 def measure(experiment: Experiment, progress: Callable[[str], None] = lambda message: None) -> xr.Dataset:
+    """The dataset of `examine`."""
+    return examine(experiment, progress)[0]
+
+
+def examine(
+    experiment: Experiment, progress: Callable[[str], None] = lambda message: None
+) -> tuple[xr.Dataset, list[Evidence]]:
     """Measure the network of a checked config at initialisation.
 
     Args:
@@ -85,7 +114,7 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
       progress: called with a line of text before each long part.
 
     Returns:
-      Dataset of float64 natural logarithms. Dimension `layer` is hidden_1 .. hidden_depth, `seed` the networks,
+      evidence: of every seed, for `gradjax.diagnosis.judge`; and before it a dataset of float64 natural logarithms. Dimension `layer` is hidden_1 .. hidden_depth, `seed` the networks,
       `spectrum_seed` the first of them, `index` the singular values in descending order:
         log_activation_rms, log_cotangent_rms (of d loss / d h, the batch's mean loss), log_gradient_norm (of the
         parameters of that layer): (seed, layer); loss, log_gradient_norm_readout: (seed,);
@@ -112,23 +141,15 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
         params_key, dropout_key = jax.random.split(key)
         return model.init({"params": params_key, "dropout": dropout_key}, batch.x, train=True), dropout_key
 
-    def loss_of(logits: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).mean()
-
     progress(f"signals of {num_seeds} seeds, {depth} layers")
     keys = jax.vmap(lambda i: jax.random.fold_in(model_key, i))(jnp.arange(num_seeds))
-    measured = jax.jit(jax.vmap(lambda key: signals(model.links(*init(key)), batch.x, loss=loss_of)))(keys)
-    activation, cotangent, gradient, loss = (np.asarray(x, np.float64) for x in measured)
-    variables = {
-        "log_activation_rms": (("seed", "layer"), activation[:, 1:-1]),
-        "log_cotangent_rms": (("seed", "layer"), cotangent[:, 1:-1]),
-        "log_gradient_norm": (("seed", "layer"), gradient[:, :-1]),
-        "log_gradient_norm_readout": (("seed",), gradient[:, -1]),
-        "loss": (("seed",), loss),
-    }
+    evidence = _evidence(model, init, keys, batch, depth)
+    ds = diagnosis.dataset(evidence)
+    variables = {"log_gradient_norm_readout": (("seed",), np.array([e.log_gradient[-1] for e in evidence]))}
+    last = ds["log_cotangent_rms"].values[:, -1]
     no_theory = theory.covers(experiment.model)
     if not no_theory:
-        variables |= _theory(experiment.model, batch, classes, float(np.median(cotangent[:, -2])))
+        variables |= _theory(experiment.model, batch, classes, float(np.median(last)))
 
     coupled = experiment.model.normalization == "batchnorm"  # then the state is the batch
     examples = batch.x if coupled else batch.x[0]
@@ -146,8 +167,5 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
         notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     elif experiment.diagnose.spectrum_seeds:
         left_out = f"spectra of {depth} layers\nwith {state_size} entries each: too dear"
-    return xr.Dataset(
-        variables,
-        coords={"layer": [f"hidden_{i + 1}" for i in range(depth)], "seed": np.arange(num_seeds)},
-        attrs={"left_out": left_out, "notes": "\n".join(notes), "theory": no_theory, "width": experiment.model.width},
-    )
+    attrs = {"left_out": left_out, "notes": "\n".join(notes), "theory": no_theory, "width": experiment.model.width}
+    return ds.assign(variables).assign_attrs(attrs), evidence

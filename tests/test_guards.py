@@ -471,6 +471,47 @@ def test_watch_names_the_first_leaf_and_step_that_were_not_finite():
     assert seen["0.0.skip_non_finite/skipped"] == 2, "the rules inside are read as well"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+def test_the_norms_of_watch_are_right_at_every_magnitude(dtype):
+    """Leaves small and large, stacked or not; from the smallest number to the largest, and one tree of all of them."""
+    rng, shapes = np.random.default_rng(0), [(), (3,), (5, 4), (300, 7), (3, 40, 20), (4, 2), (2, 0), (0, 2)]
+    flags = [False, False, False, False, True, True, False, True]
+    info = jnp.finfo("float32" if dtype == "complex64" else dtype)
+    low, high = np.log10(float(info.smallest_subnormal)), np.log10(float(info.max))
+    norms = jax.jit(lambda leaves: watching.log2_norms(leaves, flags))
+    for exponent in [*np.linspace(low, high, 20), None]:
+        sizes = rng.uniform(low, high, len(shapes)) if exponent is None else np.full(len(shapes), exponent)
+        draws = [rng.uniform(0.5, 1, s) * rng.choice([-1, 1], s) * 10.0**e for s, e in zip(shapes, sizes, strict=True)]
+        leaves = [jnp.asarray(np.asarray(x).astype(jnp.dtype(dtype))) for x in draws]
+        squares = [np.abs(np.asarray(x).astype(np.complex128)) ** 2 for x in leaves]
+        sums = [x.sum(tuple(range(flag, x.ndim))).ravel() for x, flag in zip(squares, flags, strict=True)]
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(norms(leaves), 0.5 * np.log2(np.concatenate(sums)), rtol=1e-6, atol=1e-5)
+    bad = [x.at[(0,) * x.ndim].set(value) for x, value in zip(leaves[:2], (jnp.inf, jnp.nan), strict=True)]
+    np.testing.assert_array_equal(watching.log2_norms(bad, flags[:2]), [np.inf, np.nan])
+
+
+def test_watch_keeps_the_rows_of_the_last_steps_and_telemetry_reads_the_newest():
+    tx = watching.watch(optax.sgd(0.5), keep=3)
+    _, state = run(tx, [jax.tree.map(lambda x, k=k: x * 2.0**k, GRADS) for k in range(5)])
+    grads = state.telemetry["figures"].values[:, 0]
+    np.testing.assert_allclose(np.diff(grads, axis=0), 1.0, rtol=1e-5)
+    seen = telemetry(state)
+    assert [k for k in seen if "grad" in k] == ["0.watch/log2_grad/['a']", "0.watch/log2_grad/['b']['w']"]
+    assert seen["0.watch/log2_grad/['b']['w']"] == grads[-1, 1]
+    traced = jax.jit(telemetry)(state)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, traced), jax.tree.map(np.asarray, seen))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    assert telemetry(stacked)["0.watch/log2_grad/['a']"].tolist() == [grads[-1, 0]] * 2
+    assert len(jax.tree.leaves(state)) == 4, "a step returns four arrays more"
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_a_fresh_state_may_be_donated(name):
+    tx = watching.watch(GUARDS[name](adam(0.1)))
+    jax.jit(tx.update, donate_argnums=(1,))(GRADS, tx.init(PARAMS), PARAMS)
+
+
 def test_watch_may_measure_only_some_steps():
     stream = [jax.tree.map(lambda x, k=k: x * 2.0**k, GRADS) for k in range(5)]
     third, always = watching.watch(optax.sgd(0.1), every=3), watching.watch(optax.sgd(0.1))
@@ -490,6 +531,7 @@ REFUSED = [
     (lambda: guards.last_good_params(optax.sgd(1.0).init(PARAMS)), r"holds 0 freeze_diverged; one is needed"),
     (lambda: guards.leaf_name(PARAMS, 7), r"index is 7; the tree has 2 leaves"),
     (lambda: watching.watch(optax.sgd(1.0), every=0), r"every is 0; an integer in \[1, inf\)"),
+    (lambda: watching.watch(optax.sgd(1.0), keep=0), r"keep is 0; an integer in \[1, inf\)"),
     (lambda: projections.weight_clip(-1.0), r"max_delta is -1\.0; a number in \[0, inf\]"),
     (lambda: projections.max_norm(jnp.nan), r"max_norm: limit is nan"),
     (lambda: projections.spectral_norm(0.0), r"limit is 0\.0; a number in \(0, inf\]"),

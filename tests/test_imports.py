@@ -39,11 +39,13 @@ MAY_IMPORT = {
     # what is run and written down
     "checkpoint": set(),
     "results": {"config"},
-    "monitor": {"config", "results"},
+    "alarm": set(),
+    "monitor": {"alarm", "transforms", "results"},
     "measure": {"config", "models", "tasks", "initializers", "step", "spectrum", "matrix_free", "scale"}
     | {"activations", "meanfield", "random_matrix", "taps", "theory"},
     "diagnosis": {"config", "results", "activations", "taps", "spectrum", "meanfield", "random_matrix", "scale"},
     "ablation": {"config", "grid", "training", "transforms", "checkpoint", "results", "monitor", "tasks", "scale"},
+    "coordinate": {"taps", "scale", "results"},
     "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
     "plots": set(),
     "report": {"config", "results", "plots", "diagnosis"},
@@ -55,9 +57,9 @@ MAY_IMPORT = {
 # third-party packages that only some files may name
 ONLY_IN = {
     "flax": {"models", "taps"},
-    "xarray": {"ablation", "results", "plots", "report", "measure", "diagnosis"},
+    "xarray": {"ablation", "results", "plots", "report", "measure", "diagnosis", "coordinate"},
     "matplotlib": {"plots", "cli"},  # the command line chooses the backend
-    "optax": {"transforms", "optimizers", "training", "measure"},
+    "optax": {"transforms", "optimizers", "training", "measure", "coordinate"},
     "orbax": {"checkpoint"},
     "sklearn": {"tasks"},
     "pooch": {"tasks"},

@@ -29,9 +29,36 @@ Stacked = PyTree | Callable[[str], bool] | None
 class RuleState:
     """State of a rule: what it remembers, and what it has seen."""
 
-    telemetry: dict[str, PyTree]  # scalars, or params-shaped trees of scalars (of (depth,) for a stacked leaf)
+    telemetry: dict[str, PyTree]  # scalars, `Figures`, or params-shaped trees of scalars ((depth,) for a stacked leaf)
     memory: PyTree
     rule: str = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Many scalars of the last measured steps as one array: a step that returns each by itself pays for each.
+
+    The names are static: they cost the compiled step nothing, and a checkpoint holds the numbers alone.
+    """
+
+    values: Array  # (..., rows, fields, groups), the newest row last; groups: leaves, and layers of a stacked leaf
+    fields: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    leaves: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})  # key path, layers (0: no stack)
+    every: int = dataclasses.field(default=1, metadata={"static": True})  # steps from one row to the next
+
+    def named(self) -> dict[str, Any]:
+        """The newest row: `<field>/<key path>` -> () or (layers,), behind the axes of a vmap; NumPy unless traced."""
+        values = self.values if isinstance(self.values, Tracer) else np.asarray(self.values)
+        columns = [(name, part) for name, part in zip((x for x, _ in self.leaves), self.columns(), strict=True)]
+        return {
+            f"{field}/{name}": values[..., -1, i, part] for i, field in enumerate(self.fields) for name, part in columns
+        }
+
+    def columns(self) -> list[int | slice]:
+        """Where each leaf's groups are on the last axis of `values`."""
+        ends = np.cumsum([0] + [layers or 1 for _, layers in self.leaves]).tolist()
+        return [slice(a, b) if layers else a for a, b, (_, layers) in zip(ends, ends[1:], self.leaves, strict=False)]
 
 
 class Outcome(NamedTuple):
@@ -84,7 +111,7 @@ def telemetry(opt_state: PyTree) -> dict[str, Array]:
 
     The position is the place in the chain ("0", "1.0" in a chain within a chain; names where the wrapper has names, as
     the labels of `optax.multi_transform`). Works through chains, masks, `multi_transform` and `inject_hyperparams`;
-    under jit and vmap the values are traced or batched, the keys static.
+    under jit and vmap the values are traced or batched, the keys static. The figures of `watch` are read on the host.
 
     >>> import jax.numpy as jnp, optax
     >>> from gradjax.transforms import clip_by_global_norm
@@ -100,6 +127,9 @@ def telemetry(opt_state: PyTree) -> dict[str, Array]:
             continue
         position = ".".join(part for part in map(_part, path) if part) or "0"
         for field, tree in node.telemetry.items():
+            if isinstance(tree, Figures):
+                found.update({f"{position}.{node.rule}/{name}": value for name, value in tree.named().items()})
+                continue
             leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
             for leaf_path, value in leaves:
                 leaf = "/" + jax.tree_util.keystr(leaf_path) if leaf_path else ""

@@ -106,9 +106,10 @@ def guard(
     wrapped = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        zero, none = jnp.zeros((), jax.eval_shape(scale.log_norm, params).dtype), count_of(-1)
+        zero = jnp.zeros((), jax.eval_shape(scale.log_norm, params).dtype)
         telemetry = {"log2_norm": zero, "clipped": jnp.float32(0), "clip_fraction": jnp.float32(0)}
-        marks = {"count": count_of(), "bad_leaf": none, "first_bad_leaf": none, "first_bad_step": none}
+        marks = {"count": count_of()}  # one array each: a buffer cannot be donated twice
+        marks |= {name: count_of(-1) for name in ("bad_leaf", "first_bad_leaf", "first_bad_step")}
         own = {k: count_of(v) if isinstance(v, int) else jnp.full_like(zero, v) for k, v in extra.items()}
         return RuleState(telemetry | marks | own, Inside(wrapped.init(params), remember(params)), name)
 

@@ -1,0 +1,222 @@
+"""Names on values: `tap` by hand, and the outputs of Linen, NNX and Equinox modules while a function is traced.
+
+A name is a `jax.ad_checkpoint.checkpoint_name`, the identity: it stays in the jaxpr through jit, scan, remat and vmap,
+where a Python dictionary that collects values would hold leaked tracers. Nothing is named outside of a probe but what
+`tap` marks, and a name changes no bit of the result.
+
+Linen: `nn.intercept_methods` names each module's output with its path. NNX and Equinox: the `__call__` of the classes
+that the model is made of is wrapped while tracing; a module is known by its identity, so its name is the attribute path
+from the model, `blocks[2].attention.query`. Tracing in several threads at once with such models is not supported.
+"""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from gradjax.taps.jaxprs import PREFIX
+
+PyTree = Any
+_SEPARATOR = "\x1f"
+
+
+def _marked(x: Any, kind: str, name: str, label: str = "", leaf: str = "") -> Any:
+    return checkpoint_name(x, PREFIX + _SEPARATOR.join((kind, name, label, leaf)))
+
+
+def parse(text: str) -> tuple[str, str, str]:
+    """(kind, name with the leaf of the output, class of the module) of a name in a jaxpr."""
+    kind, name, label, leaf = text.removeprefix(PREFIX).split(_SEPARATOR)
+    return kind, name + leaf, label
+
+
+def tap(x: Array, name: str) -> Array:
+    """The identity, which gives a value a name for `gradjax.probe` and `gradjax.diagnose`.
+
+    In a scan one name has a row for every iteration. A name may be used once in a loss function; inside a function that
+    is called several times, make it differ: `tap(h, f"block{i}")`.
+
+    Args:
+      x: floating array (or a pytree of them: each leaf gets the name and its key path).
+      name: any text.
+
+    >>> import jax.numpy as jnp
+    >>> float(tap(jnp.float32(2.0), "h"))
+    2.0
+    """
+    if not isinstance(name, str) or not name or _SEPARATOR in name:
+        raise ValueError(f"tap: the name is {name!r}; a text that is not empty is needed.")
+    return _name_leaves(x, "tap", name)
+
+
+def _name_leaves(out: PyTree, kind: str, name: str, label: str = "") -> PyTree:
+    """Every floating leaf of `out` with the name and its key path."""
+
+    def mark(path, x):
+        if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return _marked(x, kind, name, label, jax.tree_util.keystr(path))
+
+    return jax.tree_util.tree_map_with_path(mark, out)
+
+
+# -- Linen -----------------------------------------------------------------------------------------------
+
+
+def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    out, method = next_fun(*args, **kwargs), context.method_name
+    if method.startswith(("_", "<")) and method != "__call__":  # helpers, and the lambdas that nn.scan lifts
+        return out
+    name = "/".join(context.module.path) or type(context.module).__name__
+    if method != "__call__":
+        name += "." + method
+    return _name_leaves(out, "module", name, type(context.module).__name__)
+
+
+# -- NNX and Equinox -------------------------------------------------------------------------------------
+
+_known: dict[int, tuple[str, Any]] | None = None  # while a probe traces: id -> (path, module, kept alive by this)
+_stack: list[Any] = []
+_wrapped: dict[type, Any] = {}  # class -> its own __call__, or None where it is inherited
+
+
+def _bases() -> tuple[type, ...]:
+    """The base classes of the module systems that are loaded."""
+    found = [
+        getattr(sys.modules[name], "Module", None) for name in ("flax.nnx", "equinox") if name in sys.modules
+    ]
+    return tuple(base for base in found if isinstance(base, type))
+
+
+def is_module(x: Any) -> bool:
+    """Whether `x` is an NNX or Equinox module."""
+    return bool(bases := _bases()) and isinstance(x, bases)
+
+
+def _parts(x: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, module) of a module and all modules in it, through lists, tuples and dicts."""
+    if isinstance(x, list | tuple) or (is_module(x) and type(x).__name__ == "List"):
+        for i, part in enumerate(x):
+            yield from _parts(part, f"{path}[{i}]")
+    elif isinstance(x, dict):
+        for key, part in x.items():
+            yield from _parts(part, f"{path}[{key!r}]")
+    elif is_module(x):
+        yield path, x
+        for key, part in vars(x).items():
+            if not key.startswith("_"):
+                yield from _parts(part, f"{path}.{key}" if path else key)
+
+
+def register(model: Any, path: str = "") -> None:
+    """Make the modules of `model` known to the probe that is tracing, if one is."""
+    if _known is None:
+        return
+    for name, module in _parts(model, path):
+        if id(module) not in _known:
+            _known[id(module)] = name, module
+            _wrap(type(module))
+
+
+def _wrap(cls: type) -> None:
+    if cls in _wrapped or not callable(getattr(cls, "__call__", None)):
+        return
+    original = cls.__call__
+    _wrapped[cls] = cls.__dict__.get("__call__")
+
+    def call(self, *args, **kwargs):
+        if _stack and _stack[-1][0] is self:  # super().__call__: the same module once more
+            return original(self, *args, **kwargs)
+        if _known is not None and id(self) not in _known:  # a copy, as jit, vmap and scan make them
+            outside = _stack[-1][1] if _stack else None
+            register(self, "" if outside is None else f"{outside}.{cls.__name__}".lstrip("."))
+        path = _known[id(self)][0] if _known is not None else ""
+        _stack.append((self, path))
+        try:
+            return _name_leaves(original(self, *args, **kwargs), "module", path or cls.__name__, cls.__name__)
+        finally:
+            _stack.pop()
+
+    cls.__call__ = call  # type: ignore[method-assign]
+
+
+def _unwrap() -> None:
+    for cls, own in _wrapped.items():
+        if own is None:
+            del cls.__call__
+        else:
+            cls.__call__ = own
+    _wrapped.clear()
+
+
+def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., Any], PyTree]:
+    """A loss of an NNX or Equinox model as a pure function of its parameters, with its modules named for a probe.
+
+    Args:
+      loss_fn: (model, *args) -> loss, or (loss, aux).
+      model: an `nnx.Module` or `eqx.Module`.
+
+    Returns:
+      loss: (params, *args) -> what `loss_fn` returns; state that the model changes (BatchNorm, dropout keys) is as it
+        was at the start of every call.
+      params: the `nnx.Param` state, or the Equinox model with its floating arrays alone.
+
+    Raises:
+      ValueError: another kind of model: a Linen module needs no wrapping.
+    """
+    if not is_module(model):
+        raise ValueError(
+            f"functional: model is {type(model).__name__}; an nnx.Module or eqx.Module is needed. A Linen module and a "
+            "plain function need no wrapping: pass loss_fn(params, *args) and params to probe or diagnose."
+        )
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(model, nnx.Module):
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        merge = lambda params: nnx.merge(graph, params, rest, copy=True)
+    else:
+        import equinox as eqx
+
+        params, rest = eqx.partition(model, eqx.is_inexact_array)
+        merge = lambda params: eqx.combine(params, rest)
+
+    def loss(params, *args):
+        whole = merge(params)
+        register(whole)
+        return loss_fn(whole, *args)
+
+    return loss, params
+
+
+# -- while tracing ---------------------------------------------------------------------------------------
+
+_probes = itertools.count()
+
+
+@contextlib.contextmanager
+def naming() -> Iterator[None]:
+    """Names the outputs of modules that are called inside, and has every jitted function traced anew.
+
+    A function that the user has jitted and called was traced without names, and jit would hand back that trace: it is
+    told apart by a metadata of its own for each probe, which is part of jit's key and nothing else.
+    """
+    from jax.experimental.xla_metadata import set_xla_metadata
+
+    global _known
+    linen = sys.modules.get("flax.linen")
+    _known, before = {}, _known
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(set_xla_metadata(gradjax=str(next(_probes))))
+            if linen is not None:
+                stack.enter_context(linen.intercept_methods(_intercept))
+            yield
+    finally:
+        _known = before
+        if before is None:
+            _unwrap()

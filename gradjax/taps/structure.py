@@ -1,0 +1,564 @@
+"""The layers of a traced loss: which values every gradient passes through, and what lies between two of them.
+
+The equations that carry activations form a graph with one sink, the loss. v *post-dominates* u when every path from u
+to the loss runs through v (Prosser 1959; immediate post-dominators by one sweep backwards, Cooper, Harvey & Kennedy
+2001). The chain of post-dominators of an input is the network's main road: between two of its values p and q the whole
+derivative is d q / d p, so that their product is the layer product; a value with a skip around it is not on it. Nothing
+of a framework is known here: a residual sum is on the chain although no module outputs it.
+
+A parameter becomes an *activation* where it meets data, and a *layer* is a stretch of the chain that applies weights.
+A scan over stacked weights is a layer for each iteration; a scan that uses the same weights in every iteration is a
+recurrence over time, one node of the chain, with a record of its own (`Recurrence`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from gradjax.taps.interpret import Site
+from gradjax.taps.jaxprs import INLINE, REMAT, Path, inner, insides, is_named, scan_split
+
+NEUTRAL, DATA, PARAM, ACT = range(4)  # literals and what is made of them; data; parameters alone; activations
+CUTS = {"stop_gradient", "floor", "ceil", "round", "sign", "is_finite", "argmax", "argmin"}  # no derivative
+PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+_ENTRY, _OUTSIDE = -1, -2  # where an activation in a scan's body comes from: the carry, or elsewhere outside
+
+
+class Value(NamedTuple):
+    """What is known of a variable."""
+
+    kind: int = NEUTRAL
+    node: int | None = None  # that produced it, if it is an activation
+    leaves: frozenset[int] = frozenset()  # the parameters that it is made of, if it is made of parameters alone
+    out: int = 0  # which of the node's outputs
+
+
+@dataclasses.dataclass
+class Node:
+    """An equation that carries activations."""
+
+    path: Path
+    primitive: str
+    eqn: Any
+    uses: frozenset[tuple[int, int]]  # (producer, which of its outputs) of the activations that go in
+    leaves: frozenset[int] = frozenset()  # parameters that meet activations here
+    fan_in: int = 0  # of the weights applied here; 0 where there are none
+    fan_out: int = 0
+    body: "Frame | None" = None  # of a scan
+    over_time: bool = False  # a scan that uses the same weights in every iteration
+
+    @property
+    def inputs(self) -> set[int]:
+        """The producers of the activations that go in."""
+        return {producer for producer, _ in self.uses}
+
+    @property
+    def weighs(self) -> bool:
+        """Whether weights are applied to activations here."""
+        return self.fan_in > 0
+
+
+@dataclasses.dataclass
+class Frame:
+    """The activations' graph of a jaxpr, calls inside it written in place; a scan's body is a frame of its own."""
+
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+    outputs: list[Value] = dataclasses.field(default_factory=list)
+    consumers: dict[int, set[int]] = dataclasses.field(default_factory=dict)  # of alive nodes, and of _ENTRY
+    dominator: dict[int, int] = dataclasses.field(default_factory=dict)  # immediate post-dominators; the sink is len(nodes)
+    sliced: set[int] = dataclasses.field(default_factory=set)  # parameters of which parts are taken
+    used: frozenset[int] = frozenset()  # parameters with a differentiable way to the outputs
+
+
+# -- the graph -------------------------------------------------------------------------------------------
+
+
+def _is_float(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
+
+
+def _fans(eqn: Any, weights: int) -> tuple[int, int]:
+    """(fan_in, fan_out) of the operand `weights` of a product."""
+    shape = eqn.invars[weights].aval.shape
+    size = int(jnp.prod(jnp.array(shape))) if shape else 1
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.primitive.name == "dot_general":
+        contracted, batched = numbers[0][weights], numbers[1][weights]
+        fan_in = batch = 1
+        for d in contracted:
+            fan_in *= shape[d]
+        for d in batched:
+            batch *= shape[d]
+        return max(fan_in, 1), max(size // max(fan_in * batch, 1), 1)
+    if eqn.primitive.name == "conv_general_dilated" and weights == 1:
+        spec = numbers.rhs_spec
+        window = size // max(shape[spec[0]] * shape[spec[1]], 1)
+        return max(window * shape[spec[1]], 1), max(window * shape[spec[0]], 1)
+    return max(size, 1), max(size, 1)
+
+
+def _holds_product(jaxpr: Any) -> bool:
+    return any(
+        e.primitive.name in PRODUCTS or any(_holds_product(each) for _, each in insides(e)) for e in jaxpr.jaxpr.eqns
+    )
+
+
+def _walk(jaxpr: Any, given: Sequence[Value], frame: Frame, path: Path) -> list[Value]:
+    """Add the equations of a closed jaxpr to `frame`; the values of its outputs."""
+    env: dict[Any, Value] = {}
+    for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
+        env[var] = Value(NEUTRAL if getattr(const, "size", 1) <= 1 else DATA)
+    env.update(zip(jaxpr.jaxpr.invars, given, strict=True))
+    read = lambda atom: Value() if isinstance(atom, core.Literal) else env[atom]
+    for i, eqn in enumerate(jaxpr.jaxpr.eqns):
+        values, here = [read(atom) for atom in eqn.invars], (*path, i)
+        if eqn.primitive.name in INLINE | REMAT:
+            out = _walk(inner(eqn), values, frame, here)
+        elif eqn.primitive.name == "scan":
+            out = _walk_scan(eqn, values, frame, here)
+        else:
+            out = _walk_plain(eqn, values, frame, here)
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [read(atom) for atom in jaxpr.jaxpr.outvars]
+
+
+def _add(frame: Frame, node: Node) -> int:
+    frame.nodes.append(node)
+    return len(frame.nodes) - 1
+
+
+def _producers(values: Iterable[Value]) -> frozenset[tuple[int, int]]:
+    return frozenset((v.node, v.out) for v in values if v.kind == ACT and v.node is not None)
+
+
+def _leaves(values: Iterable[Value]) -> frozenset[int]:
+    return frozenset().union(*(v.leaves for v in values if v.kind == PARAM))
+
+
+def _walk_plain(eqn: Any, values: list[Value], frame: Frame, here: Path) -> list[Value]:
+    name, kinds, leaves = eqn.primitive.name, {v.kind for v in values}, _leaves(values)
+    if name in CUTS or not any(map(_is_float, eqn.outvars)):
+        return [Value(DATA if kinds - {NEUTRAL} else NEUTRAL)] * len(eqn.outvars)
+    if name in ("slice", "dynamic_slice", "gather") and kinds <= {PARAM, NEUTRAL}:
+        frame.sliced |= leaves
+    bulky = any(v.kind == NEUTRAL and atom.aval.shape for v, atom in zip(values, eqn.invars, strict=True))
+    meets = PARAM in kinds and (DATA in kinds or (name in PRODUCTS and bulky))
+    if ACT not in kinds and not meets:
+        return [Value(max(kinds, default=NEUTRAL), None, leaves)] * len(eqn.outvars)
+    node = Node(here, name, eqn, _producers(values), leaves)
+    if name in PRODUCTS and PARAM in kinds:
+        node.fan_in, node.fan_out = _fans(eqn, [v.kind for v in values].index(PARAM))
+    elif name == "gather" and values[0].kind == PARAM:
+        node.fan_in = node.fan_out = 1  # a table: each output is one row
+    elif PARAM in kinds and any(_holds_product(each) for _, each in insides(eqn)):
+        node.fan_in = node.fan_out = max(eqn.outvars[0].aval.shape[-1:] or (1,))
+    index = _add(frame, node)
+    return [Value(ACT, index, out=k) if _is_float(var) else Value(DATA) for k, var in enumerate(eqn.outvars)]
+
+
+def _walk_scan(eqn: Any, values: list[Value], frame: Frame, here: Path) -> list[Value]:
+    num_consts, num_carry = scan_split(eqn)
+    ends = num_consts + num_carry
+    outside = lambda v: v._replace(node=_OUTSIDE) if v.kind == ACT else v
+    consts, xs = [outside(v) for v in values[:num_consts]], [outside(v) for v in values[ends:]]
+    carry = [v.kind for v in values[num_consts:ends]]
+    while True:  # a carry is what goes in and what comes back: at most three rounds
+        body = Frame()
+        entry = [Value(kind, _ENTRY if kind == ACT else None) for kind in carry]
+        out = _walk(inner(eqn), [*consts, *entry, *xs], body, here)
+        again = [max(a, b.kind) for a, b in zip(carry, out, strict=False)]
+        if again == carry:
+            break
+        carry = again
+    body.outputs = out
+    _link(body)
+    kinds = {v.kind for v in out}
+    if ACT not in kinds:
+        return out
+    stacked, shared = _leaves(xs), _leaves(consts)
+    weights = [n for n in body.nodes if n.weighs]
+    node = Node(here, "scan", eqn, _producers(values), body.used, body=body)
+    node.fan_in, node.fan_out = (weights[0].fan_in, weights[0].fan_out) if weights else (0, 0)
+    used = frozenset().union(*(n.leaves for n in weights))
+    node.over_time = bool(used & shared) and not used & stacked
+    index = _add(frame, node)
+    return [Value(ACT, index, out=k) if v.kind == ACT else v for k, v in enumerate(out)]
+
+
+def _link(frame: Frame) -> None:
+    """Consumers and immediate post-dominators of the nodes with a way to the outputs."""
+    frame.consumers, frame.dominator = {}, {}
+    sink = len(frame.nodes)
+    alive = {v.node for v in frame.outputs if v.kind == ACT and v.node is not None}
+    frame.consumers = {u: {sink} for u in alive}
+    depth, ahead = {sink: 0}, frame.dominator
+
+    def common(a: int, b: int) -> int:
+        while a != b:
+            a, b = (ahead[a], b) if depth[a] >= depth[b] else (a, ahead[b])
+        return a
+
+    def settle(u: int) -> None:
+        first, *rest = frame.consumers[u]
+        for v in rest:
+            first = common(first, v)
+        ahead[u], depth[u] = first, depth[first] + 1
+
+    for u in range(sink - 1, -1, -1):
+        if u not in frame.consumers:
+            continue
+        settle(u)
+        for v in frame.nodes[u].inputs:
+            frame.consumers.setdefault(v, set()).add(u)
+    if _ENTRY in frame.consumers:
+        settle(_ENTRY)
+    used = {(v.node, v.out) for v in frame.outputs if v.kind == ACT}
+    used = used.union(*(frame.nodes[u].uses for u in frame.consumers if 0 <= u < sink))
+    for u, node in enumerate(frame.nodes):
+        if node.body is not None and u in frame.consumers:  # what a scan stacks up may be used by nobody
+            carried = scan_split(node.eqn)[1]
+            outputs = node.body.outputs
+            node.body.outputs = [v if k < carried or (u, k) in used else Value(DATA) for k, v in enumerate(outputs)]
+            _link(node.body)
+    direct = frozenset().union(*(v.leaves for v in frame.outputs))
+    frame.used = direct.union(*(frame.nodes[u].leaves for u in frame.consumers if u >= 0 and u < sink))
+
+
+def _chain(frame: Frame, start: int) -> list[int]:
+    """The post-dominators of a node in the order of the computation, itself first."""
+    chain, sink = [], len(frame.nodes)
+    while start != sink:
+        if start >= 0:
+            chain.append(start)
+        start = frame.dominator[start]
+    return chain
+
+
+def main_chain(frame: Frame, inside_scan: bool) -> list[int]:
+    """The chain from the carry of a scan's body, or from the input with the most layers ahead of it."""
+    if inside_scan:
+        return _chain(frame, _ENTRY) if _ENTRY in frame.dominator else []
+    roots = [u for u in sorted(frame.consumers) if not frame.nodes[u].inputs]
+    chains = [_chain(frame, root) for root in roots]
+    weight = lambda chain: sum(_rows(frame.nodes[u]) for u in chain)
+    return max(chains, key=weight, default=[])  # the first of the longest
+
+
+def _rows(node: Node) -> int:
+    return node.eqn.params["length"] if node.body is not None and not node.over_time else 1
+
+
+# -- layers ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Layer:
+    """A stretch of the chain that applies weights, up to and with the site at its end."""
+
+    site: Site
+    row: int | None  # of the site's rows: the iteration of a scan
+    leaves: frozenset[int]
+    kernels: tuple[tuple[frozenset[int], int, int], ...]  # (parameters, fan_in, fan_out) of the weights applied
+    weighs: bool  # weights are applied, here or in a scan over time
+    fan_in: int  # the smallest number of units on the way, which bounds the fluctuations
+    skip: bool  # there is a way around the weights
+    norm: str  # "batch", "layer" or ""
+    post_norm: bool  # normalised after the skip was added
+    name: str
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its parameters are a row of stacked ones."""
+        return self.row is not None
+
+
+class Activation(NamedTuple):
+    """An activation function's or softmax's output, and where it stands."""
+
+    site: Site
+    on_chain: bool
+    gates: bool  # it multiplies another activation
+    layer: str  # name of the last named value before it
+
+
+class Recurrence(NamedTuple):
+    """A scan over time: its carried activations as sites."""
+
+    sites: tuple[Site, ...]
+    name: str
+    length: int
+    reverse: bool
+    fan_in: int
+
+
+class Structure(NamedTuple):
+    """What `analyse` finds."""
+
+    layers: list[Layer]
+    activations: list[Activation]
+    recurrences: list[Recurrence]
+    untrained: list[int]  # parameter leaves without a differentiable way to the loss
+    sliced: frozenset[int] = frozenset()  # parameter leaves that hold more than one layer's
+
+
+def analyse(jaxpr: Any, sites: Sequence[Site], num_params: int) -> Structure:
+    """The layers of a traced loss, from the input with the most of them ahead.
+
+    Args:
+      jaxpr: closed; its first `num_params` operands are parameters, its first output the loss.
+      sites: its named values.
+    """
+    names = {site.path: site for site in sites}
+    frame = Frame()
+    given = [Value(PARAM, None, frozenset({i})) for i in range(num_params)]
+    given += [Value(DATA)] * (len(jaxpr.jaxpr.invars) - num_params)
+    frame.outputs = _walk(jaxpr, given, frame, ())[:1]
+    _link(frame)
+    layers = _layers(frame, main_chain(frame, False), names, ())
+    activations, recurrences = [], []
+    _collect(frame, names, (), False, activations, recurrences, "")
+    untrained = [i for i in range(num_params) if i not in frame.used]
+    return Structure(layers, activations, recurrences, untrained, frozenset(frame.sliced))
+
+
+def _between(frame: Frame, before: int, after: int) -> list[int]:
+    """The nodes on the ways from `before` (excluded; _ENTRY - 1 for the start) to `after` (included), in order."""
+    found, todo = {after}, [after]
+    while todo:
+        for v in frame.nodes[todo.pop()].inputs:
+            if v > before and v >= 0 and v not in found:
+                found.add(v)
+                todo.append(v)
+    return sorted(found)
+
+
+def _has_skip(frame: Frame, segment: list[int], before: int, after: int) -> bool:
+    """Whether a way from `before` to `after` applies no weights."""
+    free = {before}
+    for u in segment:
+        node = frame.nodes[u]
+        if not node.weighs and free & set(node.inputs):
+            free.add(u)
+    return after in free
+
+
+_JOINS = {"add", "add_any", "sub", "concatenate"}
+
+
+def _is_join(node: Node) -> bool:
+    return node.primitive in _JOINS and len(node.inputs) > 1
+
+
+def _norms(frame: Frame, segment: Sequence[int]) -> list[tuple[int, str]]:
+    """(node, kind) of every division by a standard deviation of activations."""
+    found = []
+    for u in segment:
+        if frame.nodes[u].primitive in ("rsqrt", "sqrt") and frame.nodes[u].eqn.outvars[0].aval.size > 1:
+            kind = _reduced_over(frame, u)
+            found += [(u, kind)] if kind else []
+    return found
+
+
+def _reduced_over(frame: Frame, u: int) -> str:
+    """ "batch" where the nearest sum behind a node runs over the first of several axes, "layer" over others only."""
+    todo = [u]
+    for _ in range(24):
+        if not todo:
+            break
+        node = frame.nodes[max(todo)]
+        todo.remove(max(todo))
+        if node.primitive in ("reduce_sum", "reduce_mean"):
+            many = len(node.eqn.invars[0].aval.shape) > 1
+            return "batch" if many and 0 in node.eqn.params["axes"] else "layer"
+        todo += [v for v in node.inputs if v >= 0 and v not in todo and not frame.nodes[v].weighs]
+    return ""
+
+
+def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple[int, ...]) -> list[Layer]:
+    """The layers along a chain; those in a scan over stacked weights once for each iteration."""
+    layers: list[Layer] = []
+    weights = any(frame.nodes[u].weighs for u in frame.consumers if 0 <= u < len(frame.nodes))
+    last_name, before = "", _ENTRY if lead else _ENTRY - 1
+    for u in chain:
+        node = frame.nodes[u]
+        site = names.get(node.path)
+        if node.body is not None and not node.over_time and len(lead) == 0:
+            length = node.eqn.params["length"]
+            inside = main_chain(node.body, True)
+            rows = _layers(node.body, inside, names, (length,))
+            if rows:
+                each = range(length)[::-1] if node.eqn.params["reverse"] else range(length)
+                layers += [_row(layer, r) for r in each for layer in rows]
+                before = u
+                continue
+        if site is None and _is_join(node) and _is_float(node.eqn.outvars[0]):
+            aval = node.eqn.outvars[0].aval
+            last_name = _nearest(frame, u, names)
+            site = Site(node.path, f"{last_name}+skip" if last_name else "skip", "skip", "", aval.shape, aval.dtype, lead)
+        if site is None or len(site.lead) != len(lead):
+            continue
+        segment = _between(frame, before, u)
+        made = _layer(frame, segment, before, u, site)
+        if layers and weights and not made.weighs:  # the same layer goes on to here
+            if layers[-1].row is not None:
+                continue
+            old = layers.pop()
+            if not old.weighs:
+                layers.append(made)
+                before = u
+                continue
+            made = dataclasses.replace(
+                old, site=site, name=_shorter(old.name, site), norm=old.norm or made.norm,
+                post_norm=old.post_norm or bool(made.norm and old.skip),
+            )  # fmt: skip
+        layers.append(made)
+        before = u
+    return layers
+
+
+def _shorter(name: str, site: Site) -> str:
+    """The name of the module around a layer in place of the layer's, but never the whole model's."""
+    return site.name if site.kind == "module" and name.startswith((f"{site.name}/", f"{site.name}.")) else name
+
+
+def _row(layer: Layer, row: int) -> Layer:
+    return dataclasses.replace(layer, row=row, name=f"{layer.name}[{row}]")
+
+
+def _layer(frame: Frame, segment: list[int], before: int, u: int, site: Site) -> Layer:
+    nodes = [frame.nodes[v] for v in segment]
+    weights = [n for n in nodes if n.weighs]
+    norms = _norms(frame, segment)
+    skip = before > _ENTRY - 1 and bool(weights) and _has_skip(frame, segment, before, u)
+    chain = set(_chain(frame, before)) if before >= _ENTRY and (before >= 0 or _ENTRY in frame.dominator) else set()
+    joins = [v for v in segment if v in chain and _is_join(frame.nodes[v])]
+    kinds = [kind for _, kind in norms]
+    return Layer(
+        site, None, frozenset().union(*(n.leaves for n in nodes)),
+        tuple((n.leaves, n.fan_in, n.fan_out) for n in weights if n.body is None),
+        bool(weights), min((n.fan_in for n in weights if n.fan_in > 1), default=1),
+        skip, "batch" if "batch" in kinds else "layer" if kinds else "",
+        skip and bool(joins) and any(v > joins[-1] for v, _ in norms), site.name,
+    )  # fmt: skip
+
+
+def _nearest(frame: Frame, u: int, names: dict[Path, Site]) -> str:
+    """Name of the last named value at or before a node; that of a leaf module where one is inside another."""
+    for v in range(u, -1, -1):
+        if site := names.get(frame.nodes[v].path):
+            return site.name
+    return ""
+
+
+# -- activation functions, softmax, recurrences ----------------------------------------------------------
+
+
+def _is_zero(atom: Any) -> bool:
+    return isinstance(atom, core.Literal) and not jnp.any(jnp.asarray(atom.val))
+
+
+def _is_relu(eqn: Any) -> bool:
+    if eqn.primitive.name == "max":
+        return any(map(_is_zero, eqn.invars))
+    if eqn.primitive.name == "custom_jvp_call":
+        inside = inner(eqn)
+        while inside is not None and len(inside.jaxpr.eqns) == 1:
+            (only,) = inside.jaxpr.eqns
+            if _is_relu(only):
+                return True
+            inside = inner(only)
+    return False
+
+
+def _function(frame: Frame, u: int) -> str:
+    """The kind of activation function that a node is, empty for none."""
+    node = frame.nodes[u]
+    if node.primitive in ("tanh", "logistic", "erf"):
+        return node.primitive
+    if node.primitive == "clamp":
+        return "hard_tanh"
+    if _is_relu(node.eqn):
+        return "" if _is_variance(frame, u) else "relu"
+    return "softmax" if node.primitive == "exp" and _is_attention(frame, u) else ""
+
+
+def _is_variance(frame: Frame, u: int) -> bool:
+    """max(variance, 0) before a square root, which is no activation function."""
+    todo = {u}
+    for v in range(u + 1, min(u + 16, len(frame.nodes))):
+        if todo & set(frame.nodes[v].inputs):
+            if frame.nodes[v].primitive in ("rsqrt", "sqrt"):
+                return True
+            todo.add(v)
+    return False
+
+
+def _is_attention(frame: Frame, u: int) -> bool:
+    """exp(logits - max) over rows of at least three axes, divided by its sum and then multiplied with activations."""
+    if len(frame.nodes[u].eqn.outvars[0].aval.shape) < 3:
+        return False
+    sums, todo = False, {u}
+    for v in range(u + 1, min(u + 16, len(frame.nodes))):
+        node = frame.nodes[v]
+        if todo & set(node.inputs):
+            sums |= node.primitive == "reduce_sum"
+            if node.primitive in PRODUCTS:
+                return sums and not node.weighs
+            todo.add(v)
+    return False
+
+
+def _gates(frame: Frame, u: int) -> bool:
+    """Whether a node's output, through additions and products with constants, multiplies another activation."""
+    todo, sink = [u], len(frame.nodes)
+    while todo:
+        for v in frame.consumers.get(todo.pop(), ()):
+            if v == sink:
+                continue
+            node = frame.nodes[v]
+            if node.primitive == "mul" and len(node.inputs) > 1:
+                return True
+            if node.primitive in ("add", "sub", "mul", "neg", "convert_element_type", "slice", "split", "integer_pow"):
+                todo += [v] if len(node.inputs) == 1 else []
+    return False
+
+
+def _collect(frame, names, lead, over_time, activations: list, recurrences: list, outer: str) -> None:
+    """Activation functions and recurrences of a frame and of the scans in it."""
+    chain, last = set(main_chain(frame, bool(lead))), outer
+    for u, node in enumerate(frame.nodes):
+        if u not in frame.consumers:
+            continue
+        if site := names.get(node.path):
+            last = site.name
+        if node.body is not None:
+            length = node.eqn.params["length"]
+            if node.over_time:
+                recurrences += _recurrence(node, (*lead, length), names)
+            _collect(node.body, names, (*lead, length), node.over_time, activations, recurrences, last)
+        elif kind := _function(frame, u):
+            if kind == "softmax":  # of the logits less their largest, which the exponential hides where it underflows
+                node = frame.nodes[max(node.inputs)] if max(node.inputs, default=-1) >= 0 else node
+            path, aval = node.path, node.eqn.outvars[0].aval
+            site = Site(path, f"{last}:{kind}", kind, "", aval.shape, aval.dtype, lead)
+            activations.append(Activation(site, u in chain, _gates(frame, u), last))
+
+
+def _recurrence(node: Node, lead: tuple[int, ...], names: dict[Path, Site]) -> list[Recurrence]:
+    _, num_carry = scan_split(node.eqn)
+    carried = [k for k, value in enumerate(node.body.outputs[:num_carry]) if value.kind == ACT]  # type: ignore[union-attr]
+    if not carried or len(lead) != 1 or lead[0] < 2:
+        return []
+    inside = [site for path, site in names.items() if path[: len(node.path)] == node.path]
+    modules = [re.sub(r"\[\d+\]$", "", site.name) for site in inside if site.kind in ("module", "tap")]
+    name = min(modules, key=lambda name: (len(re.findall(r"[/.]", name)), len(name)), default="scan")
+    avals = [node.eqn.outvars[k].aval for k in carried]
+    sites = tuple(
+        Site((*node.path, -1 - k), f"{name}.carry", "carry", "", aval.shape, aval.dtype, lead)
+        for k, aval in zip(carried, avals, strict=True)
+    )
+    return [Recurrence(sites, name, lead[0], node.eqn.params["reverse"], node.fan_in)]
