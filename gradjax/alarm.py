@@ -7,9 +7,11 @@ and the median m of the last `window` steps, a step is out of its history where
 
 (1.4826 makes the median deviation a standard deviation for Gaussian x; the rule of `transforms.skip_spikes`, with its
 sources). `factor` = 4 is ours: against its own median a norm that grows linearly from zero is at 2, and one that grows
-quadratically at 4; only faster growth, and jumps, are beyond it. Leaves are many, and the gradient of one is noisier
-than that of all, so a leaf has to be out for two steps in a row. One episode, which ends after half a window without
-any, gives one line for each of gradient, update and parameters. Cost: two medians of the window every quarter of one.
+quadratically at 4; only faster growth, and jumps, are beyond it. An update may jump as far as its gradient: momentum
+smooths what is noise there, and then shows a single large gradient all the more. Leaves are many, and the gradient of
+one is noisier than that of all, so a leaf has to be out for two steps in a row. One episode, which ends after half a
+window without any, gives one line for each of gradient, update and parameters. Cost: two medians of the window every
+quarter of one.
 """
 
 from collections import deque
@@ -50,11 +52,15 @@ class Alarm:
         if not self._rows:
             self._runs, self._since = np.zeros(rows.shape[1:], int), np.full(rows.shape[1:], -1)
             self._bar = np.full(rows.shape[1:], np.inf)
-        for step, row in zip(steps, rows, strict=True):
-            yield from self._compare(step, row, alive)
-            yield from self._caught(step, row, alive)
-            self._rows.append(row)
-            self._unused += 1
+        is_calm = not self.is_on and not self._runs.any() and (rows < np.inf).all()
+        if is_calm and (not self._limit.size or not (rows > self._limit).any()):  # nearly always, and cheaper
+            self._calm += len(rows)
+        else:
+            for step, row in zip(steps, rows, strict=True):
+                yield from self._compare(step, row, alive)
+                yield from self._caught(step, row, alive)
+        self._rows.extend(rows)
+        self._unused += len(rows)
         if self._unused >= self.window // 4 and len(self._rows) >= self.window // 2:
             self._learn()
 
@@ -64,11 +70,15 @@ class Alarm:
             middle = _median(past)
             spread = _median(np.abs(past - middle))
         excess = np.maximum(self._deviations * 1.4826 * np.nan_to_num(spread, nan=np.inf), self._least)
+        excess[:, 1] = np.maximum(excess[:, 0], excess[:, 1])  # the update may jump as far as the gradient
         self._middle, self._limit = middle, np.where(np.isfinite(middle), np.nan_to_num(middle) + excess, np.inf)
 
     def _compare(self, step: int, row: np.ndarray, alive: np.ndarray) -> Iterator[tuple]:
         if not self._limit.size:
             return
+        if self._told and self._calm >= self.window // 2:  # the episode is over
+            self.is_on, self._since = False, np.where(row > self._bar, self._since, -1)  # what grew on did not return
+            self._told.clear()
         self._runs = np.where(row > self._limit, self._runs + 1, 0)
         self._runs[~alive] = 0
         out = self._runs >= 2  # a leaf: twice in a row
@@ -83,12 +93,6 @@ class Alarm:
                 if (lane, QUANTITIES[quantity]) not in self._told:
                     self._told.add((lane, QUANTITIES[quantity]))
                     yield step, lane, self._describe(row[lane, quantity], out[lane, quantity], lane, quantity)
-        elif self._calm == self.window // 2:
-            self.is_on, self._since = (
-                False,
-                np.where(row > self._bar, self._since, -1),
-            )  # what grows on has not come back
-            self._told.clear()
 
     def _caught(self, step: int, row: np.ndarray, alive: np.ndarray) -> Iterator[tuple]:
         is_bad = ~(row[:, 0, :-1] < np.inf)

@@ -156,7 +156,7 @@ def per_example(
     def gradient(rows):
         rest = iter(rows)
         merged = [next(rest)[None] if keep else x for x, keep in zip(leaves, has_rows, strict=True)]
-        scalar = lambda p: (loss_fn(p, *jax.tree.unflatten(tree, merged)))
+        scalar = lambda p: loss_fn(p, *jax.tree.unflatten(tree, merged))
         grads = jax.grad(scalar, has_aux=has_aux)(params)
         grads, exponent = scale.normalize(grads[0] if has_aux else grads)
         return jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in jax.tree.leaves(grads)]), exponent

@@ -60,10 +60,13 @@ class Diagnosis:
         )
 
     def figure(self) -> Any:
-        """A matplotlib figure of what goes forward and what comes back per layer."""
+        """A matplotlib figure of what goes forward and what comes back per layer, the findings' places marked."""
         from gradjax import plots
 
-        return plots.diagnosis_figure(self.measurements, self.headline.replace("_", " "))
+        ds, title = self.measurements, self.headline.replace("_", " ")
+        if "log_gain" in ds:
+            return plots.diagnosis_figure(ds, title)
+        return plots.verdict_figure(ds, [mark for f in self.findings for mark in _marks(f, ds)], title)
 
     def __str__(self) -> str:
         parts = [f"verdict: {self.headline}"]
@@ -178,7 +181,8 @@ def _steps(scalar: Callable, tx: Any, params: PyTree, state: PyTree, args: tuple
         (params, state), losses = lax.scan(one, (params, state), None, length=num_steps)
         return jnp.append(losses, loss_of(params)), state
 
-    losses, state = run(params, state, arrays)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's own rules need it
+        losses, state = run(params, state, arrays)
     return np.asarray(losses, float), state
 
 
@@ -197,7 +201,7 @@ def dataset(evidences: Sequence[Evidence]) -> xr.Dataset:
     names = [layer.name for layer in first.layers[hidden]]
     counts = Counter(names)
     unique = [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
-    return xr.Dataset(
+    ds = xr.Dataset(
         {
             "log_activation_rms": stack("log_activation"),
             "log_cotangent_rms": stack("log_cotangent"),
@@ -209,6 +213,30 @@ def dataset(evidences: Sequence[Evidence]) -> xr.Dataset:
         if names
         else {"left_out": "no layer was found", "notes": "", "theory": ""},
     )
+    over_time, name = _over_time(evidences)
+    return ds.assign(over_time).assign_attrs(name)
+
+
+def _over_time(evidences: Sequence[Evidence]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Variables over the steps of a recurrence, of several the one whose cotangent changes most, and its name."""
+    change = lambda back: np.ptp(back[np.isfinite(back)]) if np.isfinite(back).any() else np.inf
+    found = evidences[0].recurrences
+    if not found:
+        return {}, {}
+    chosen = int(np.argmax([change(back) for _, _, back in found]))
+    stack = lambda part: (("seed", "time"), np.stack([e.recurrences[chosen][part] for e in evidences]))
+    variables = {"log_time_activation_rms": stack(1), "log_time_cotangent_rms": stack(2)}
+    return variables, {"recurrence": found[chosen][0].name}
+
+
+def _marks(finding: Finding, ds: xr.Dataset) -> list[tuple[str, int, str]]:
+    """(dimension of the dataset, index, text) of where a finding starts; none where it has no place there."""
+    kind, index, name = (finding.where[key] for key in ("kind", "index", "name"))
+    if kind == "step" and "recurrence" in ds.attrs and name == f"{ds.attrs['recurrence']}[{index}]":
+        return [("time", index, finding.pathology.replace("_", " "))]
+    is_layer = kind == "layer" or (kind == "step" and name != "loss")  # the steps of an unrolled recurrence
+    has_place = is_layer and 0 <= index < ds.sizes["layer"]
+    return [("layer", index, finding.pathology.replace("_", " "))] if has_place else []
 
 
 ALWAYS = ("non_finite", "exploding_activations")  # one seed is enough
@@ -355,7 +383,12 @@ def explain(finding: Finding) -> str:
     before = factor(e["log_max_before"]) if "log_max_before" in e else "unknown"
     norm = factor(e["log_norm"]) if "log_norm" in e else ""
     text = _WORDS[finding.pathology].format(
-        place=place, cause=finding.cause.replace("_", " "), before=before, norm=norm, count=len(e.get("leaves", ())), **e
+        place=place,
+        cause=finding.cause.replace("_", " "),
+        before=before,
+        norm=norm,
+        count=len(e.get("leaves", ())),
+        **e,
     )
     return text + (f" Cause: {finding.cause.replace('_', ' ')}." if finding.pathology != "non_finite" else "")
 

@@ -58,17 +58,18 @@ class Evidence:
     arg_log_rms: list[float]  # of the floating arguments
     arg_bad: list[str]  # names of arguments that hold inf or NaN
     skipped: dict[str, str]
-    shattering: Callable[[], tuple[float, float] | None] = lambda: None  # measured when asked: it compiles a gradient of its own
+    shattering: Callable[[], tuple[float, float] | None] = lambda: (
+        None
+    )  # measured when asked: it compiles a gradient of its own
     params: list[np.ndarray] = field(default_factory=list, repr=False)
 
     @property
     def hidden(self) -> int:
         """How many of the layers are hidden: all but a read-out, which has another shape than what it reads."""
         last = len(self.layers) - 1
-        if last < 1 or self.layers[last].row is not None:
+        if last < 1 or self.layers[last].row is not None or self.size[last] == self.size[last - 1]:
             return len(self.layers)
-        block = self.layers[last].skip and self.size[last] == self.size[last - 1]
-        return len(self.layers) if block else last
+        return last
 
 
 class _Seen(NamedTuple):
@@ -96,17 +97,13 @@ def _groups(arrays: dict) -> list[list]:
 
 def _grouped(function: Callable, arrays: dict) -> dict:
     """{keys: function of each, stacked}: one piece of program for all arrays of one shape, or it compiles for minutes."""
-    return {
-        tuple(keys): jax.vmap(function)(jnp.stack([arrays[key] for key in keys])) for keys in _groups(arrays)
-    }
+    return {tuple(keys): jax.vmap(function)(jnp.stack([arrays[key] for key in keys])) for keys in _groups(arrays)}
 
 
 def _split(grouped: dict) -> dict:
     """{key: what `function` returned}, on the host."""
     return {
-        key: jax.tree.map(lambda x, i=i: x[i], result)
-        for keys, result in grouped.items()
-        for i, key in enumerate(keys)
+        key: jax.tree.map(lambda x, i=i: x[i], result) for keys, result in grouped.items() for i, key in enumerate(keys)
     }
 
 
@@ -173,7 +170,9 @@ class Examination:
         gradient = jax.value_and_grad(evaluate, argnums=(0, 1), has_aux=True)
         (_, (out, seen)), (grads, found) = gradient(leaves[:count], sinks)
         raw = {path: each.pop("raw") for path, each in seen.items() if "raw" in each}
-        split = lambda key: {(path,): jax.tree.map(lambda x: x[None], each[key]) for path, each in seen.items() if key in each}
+        split = lambda key: {
+            (path,): jax.tree.map(lambda x: x[None], each[key]) for path, each in seen.items() if key in each
+        }
         pick = lambda paths: {path: raw[path] for path in paths if path in raw}
         special = {}
         for kind in sorted({site.kind for site in self.special_sites.values()}):
@@ -209,9 +208,14 @@ class Examination:
         return _grouped(stats.log_rms, whole) | _grouped(jax.vmap(stats.log_rms), rows)
 
     def _inputs(self) -> list[int]:
-        """The operands that are floating arrays of examples."""
+        """The operands that are floating arrays of examples: as long as the first layer's value."""
         count, leaves = self.traced.num_params, self.traced.leaves
-        return [i for i in range(count, len(leaves)) if _is_float(leaves[i]) and np.ndim(leaves[i]) > 1]
+        examples = self.structure.layers[0].site.shape[:1] if self.structure.layers else ()
+        return [
+            i
+            for i in range(count, len(leaves))
+            if _is_float(leaves[i]) and np.ndim(leaves[i]) > 1 and np.shape(leaves[i])[:1] == examples
+        ]
 
     def _input_gradient(self, leaves: list, which: tuple[int, ...]) -> tuple[list, list]:
         """dL/dx of the inputs, and the values of the first two layers."""
@@ -294,10 +298,13 @@ class Examination:
                 one = value[layer.row] if rows and layer.row is not None else value
                 if np.ndim(one) == 0:
                     squares.append(2 * float(one) + np.log(size / (rows or 1)))
-            out.append(0.5 * np.logaddexp.reduce(squares))
+            with np.errstate(invalid="ignore"):
+                out.append(0.5 * np.logaddexp.reduce(squares))
         return np.array(out)
 
-    def _evidence(self, leaves: list, given: tuple, seen: _Seen, cotangent: np.ndarray, gradient: np.ndarray) -> Evidence:
+    def _evidence(
+        self, leaves: list, given: tuple, seen: _Seen, cotangent: np.ndarray, gradient: np.ndarray
+    ) -> Evidence:
         traced, structure, count = self.traced, self.structure, self.traced.num_params
         values = seen.values
         name_of = {path: site.name for path, site in self.sites.items()}
@@ -370,4 +377,5 @@ def _is_float(x: Any) -> bool:
 def _joint(log_rms: list[np.ndarray], sizes: list[float]) -> np.ndarray:
     """Log rms over several arrays from theirs."""
     squares = [2 * x + np.log(n) for x, n in zip(log_rms, sizes, strict=True)]
-    return 0.5 * (np.logaddexp.reduce(squares, axis=0) - np.log(sum(sizes)))
+    with np.errstate(invalid="ignore"):
+        return 0.5 * (np.logaddexp.reduce(squares, axis=0) - np.log(sum(sizes)))

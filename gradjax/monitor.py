@@ -54,7 +54,7 @@ class _Call(NamedTuple):
 class _Look(NamedTuple):
     """Copies of one state's telemetry, on the device until they are read, and the calls since the look before."""
 
-    state: PyTree
+    copies: list[Any]
     calls: list[_Call]
 
 
@@ -113,7 +113,7 @@ class Monitor:
         self._taken: int | None = None  # steps of the optimiser at the last look that was read
         self._good: PyTree = None  # the last look without a failure
         self._failed = np.zeros(0, bool)  # lanes
-        self._names = _Names("", (), (), [], [])
+        self._names: _Names  # of the first state
 
     def update(self, opt_state: PyTree, loss: Any, *, key: Any = None, params: PyTree = None, args: tuple = ()) -> None:
         """Takes what one training step returned.
@@ -140,7 +140,7 @@ class Monitor:
         self._number += 1
         self._state = opt_state
         self._calls.append(_Call(self._number, loss, key, args if self._diagnose else ()))
-        if self._look is not None and jax.tree.leaves(self._look.state)[0].is_ready():
+        if self._look is not None and self._look.copies[0].is_ready():
             self._read()
         if (self._number - 1) % self._every == 0 or self._alarm.is_on:
             self._copy_state()
@@ -153,7 +153,7 @@ class Monitor:
     def flush(self) -> None:
         """Reads all there is, up to the last call; for the end of a loop that is no `with` block."""
         self._read()
-        if self._calls and not any(x.is_deleted() for x in jax.tree.leaves(_telemetry_only(self._state))):
+        if self._calls and not any(x.is_deleted() for x in self._names.pick(self._state)):
             self._copy_state()
             self._read()
 
@@ -174,6 +174,8 @@ class Monitor:
 
         Each is (steps,), behind it the axes of a vmap and (layers,) of a stacked leaf. A loss that is not known is NaN.
         """
+        if not self._number:
+            return {"step": np.zeros(0, int), "loss": np.zeros(0)}
         self.flush()
         return self._tail(len(self._steps))
 
@@ -192,13 +194,13 @@ class Monitor:
 
     def _copy_state(self) -> None:
         self._read()
-        self._look, self._calls = _Look(_copy(_telemetry_only(self._state)), self._calls), []
+        self._look, self._calls = _Look(_copy(self._names.pick(self._state)), self._calls), []
 
     def _read(self) -> None:
         if self._look is None:
             return
         (copies, calls), self._look = self._look, None
-        state = jax.device_get(copies)
+        state = jax.tree.unflatten(self._names.structure, [np.asarray(x) for x in copies])
         seen = next(_watches(state)).telemetry
         count, gap, rows = int(np.max(seen["count"], initial=0)), seen["figures"].every, seen["figures"].values
         if self._taken is None or count < self._taken:  # the first look; or the loop went back, and only this is new
@@ -311,6 +313,8 @@ class _Names(NamedTuple):
     fields: tuple[str, ...]
     columns: list[tuple[str, int | slice]]  # key path of a leaf -> its groups
     labels: list[str]  # of the groups
+    picked: list[int]  # the leaves of the state that are telemetry
+    structure: Any  # which they make
 
     @classmethod
     def of(cls, opt_state: PyTree) -> "_Names":
@@ -327,7 +331,13 @@ class _Names(NamedTuple):
         layers = lambda name, n: [f"{name}[{i}]" for i in range(n)] if n else [name]
         labels = [label for name, n in figures.leaves for label in layers(name, n)]
         columns = [(name, part) for (name, _), part in zip(figures.leaves, figures.columns(), strict=True)]
-        return cls(prefix.removesuffix("count"), jnp.shape(count), figures.fields, columns, labels)
+        leaves, structure = jax.tree.flatten(opt_state)
+        picked, small = jax.tree.flatten(_telemetry_only(jax.tree.unflatten(structure, range(len(leaves)))))
+        return cls(prefix.removesuffix("count"), jnp.shape(count), figures.fields, columns, labels, picked, small)
+
+    def pick(self, opt_state: PyTree) -> list[Any]:
+        leaves = jax.tree.leaves(opt_state)
+        return [leaves[i] for i in self.picked]
 
     def figures(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Telemetry keys -> columns of (..., fields, groups)."""

@@ -146,6 +146,20 @@ def _first_bad(e: Evidence, name: str, row: int | None, before: float) -> list[F
     return [Finding("non_finite", place, "invalid_operation", evidence, math.inf, "a value that is inf or NaN")]
 
 
+def backward_overflow(e: Evidence) -> list[Finding]:
+    """Cotangents that leave the range of their dtype on the way back, though nothing of the forward pass does."""
+    bad = [
+        i for i, x in enumerate(e.layers)
+        if x.site.name in e.cotangents and _row(e.cotangents[x.site.name].bad, x.row) > 0
+    ]  # fmt: skip
+    gradients = [i for i, x in enumerate(e.leaf_log_gradient) if not np.all(x < np.inf)]
+    if not bad and not gradients:
+        return []
+    place = _layer(e, bad[-1]) if bad else where("leaf", gradients[0], e.leaf_names[gradients[0]])
+    source = "a cotangent or gradient that is inf or NaN where every value is finite"
+    return [Finding("non_finite", place, "float_range", {"loss": e.loss, "backward": True}, math.inf, source)]
+
+
 # -- growth over depth and time --------------------------------------------------------------------------
 
 
@@ -320,8 +334,12 @@ def time_growth(e: Evidence) -> list[Finding]:
 
 
 def _why_vanishing_in_time(e: Evidence, recurrence: Any) -> str:
-    slopes = [a for a, _ in e.activations if a.site.kind == "logistic" and a.on_chain and a.site.lead]
-    return "activation_slope" if slopes else "weights_too_small"
+    inside = [a for a, _ in e.activations if a.site.kind == "logistic" and a.site.lead]
+    if any(a.on_chain for a in inside):
+        return "activation_slope"
+    biases = [float(np.max(e.leaf_log_rms[i])) for i in recurrence.leaves if len(e.leaf_shapes[i]) == 1]
+    closed = any(a.gates for a in inside) and max(biases, default=-math.inf) > 0.0  # rms above 1: gates shut
+    return "bias" if closed else "weights_too_small"
 
 
 def activation_growth(e: Evidence) -> list[Finding]:
@@ -397,7 +415,9 @@ SATURATED_SHARE = 0.5
 
 def saturated_units(e: Evidence) -> list[Finding]:
     """tanh, sigmoid and their like in their flat part, where every path through the layer meets them."""
-    source = f"half of the units with a slope below {FLAT} of the steepest (Glorot & Bengio 2010, section 3, saturation)"
+    source = (
+        f"half of the units with a slope below {FLAT} of the steepest (Glorot & Bengio 2010, section 3, saturation)"
+    )
     for activation, seen in e.activations:
         kind = activation.site.kind
         if kind not in ("tanh", "logistic", "erf", "hard_tanh") or not activation.on_chain or activation.gates:
@@ -508,7 +528,13 @@ def ill_conditioned_jacobian(e: Evidence) -> list[Finding]:
             w = np.asarray(e.params[leaf], np.float64)
             if layer.row is not None and np.ndim(e.leaf_log_rms[leaf]):
                 w = w[layer.row]
-            if w.size != fan_in * fan_out or w.ndim != 2 or min(w.shape) < 4 or not np.isfinite(w).all() or w.size > 2**20:
+            if (
+                w.size != fan_in * fan_out
+                or w.ndim != 2
+                or min(w.shape) < 4
+                or not np.isfinite(w).all()
+                or w.size > 2**20
+            ):
                 continue
             values = np.linalg.svd(w, compute_uv=False)
             middle = values[len(values) // 4]
@@ -586,8 +612,14 @@ def unstable_step_size(d: Dynamics) -> list[Finding]:
         ratio = d.sharpness * d.learning_rate / 2
         evidence = {"sharpness": d.sharpness, "learning_rate": d.learning_rate, "sharpness_over_2_lr": ratio}
         if ratio > SHARPNESS_MARGIN:
-            source = "sharpness above 1.2 * 2/learning_rate, the edge of stability (Cohen et al. 2021, arXiv 2103.00065)"
-            return [Finding("unstable_step_size", where("run", 0, "loss"), "learning_rate", evidence, SHARPNESS_MARGIN, source)]
+            source = (
+                "sharpness above 1.2 * 2/learning_rate, the edge of stability (Cohen et al. 2021, arXiv 2103.00065)"
+            )
+            return [
+                Finding(
+                    "unstable_step_size", where("run", 0, "loss"), "learning_rate", evidence, SHARPNESS_MARGIN, source
+                )
+            ]
     if len(d.losses) > 2 and not d.from_history:
         first, last = float(d.losses[0]), float(d.losses[-1])
         grown = not math.isfinite(last) or last > 2 * abs(first) + 1e-3
@@ -614,7 +646,11 @@ def loss_spikes(d: Dynamics) -> list[Finding]:
     starts = [i for i in spikes if i - 1 not in spikes]
     if not starts:
         return []
-    evidence = {"spikes": len(starts), "first_step": starts[0], "largest_factor": float(max(x[i] for i in starts) / np.median(x))}
+    evidence = {
+        "spikes": len(starts),
+        "first_step": starts[0],
+        "largest_factor": float(max(x[i] for i in starts) / np.median(x)),
+    }
     source = "a loss more than 6 robust standard deviations and by half above the median of the 16 before it"
     return [Finding("loss_spikes", where("step", starts[0], "loss"), "learning_rate", evidence, 6.0, source)]
 
@@ -625,7 +661,10 @@ def clipping(d: Dynamics) -> list[Finding]:
     for key, value in d.telemetry.items():
         if not key.endswith("/clip_fraction") or np.ndim(value) > 0:
             continue
-        rule, count = key.removesuffix("/clip_fraction"), float(d.telemetry.get(key.replace("clip_fraction", "count"), 0))
+        rule, count = (
+            key.removesuffix("/clip_fraction"),
+            float(d.telemetry.get(key.replace("clip_fraction", "count"), 0)),
+        )
         if count < 10 or "clip" not in rule.split(".")[-1]:
             continue
         evidence = {"clip_fraction": float(value), "steps": count}
@@ -653,6 +692,8 @@ def findings(e: Evidence, d: Dynamics | None) -> tuple[Finding, ...]:
             rank_collapse, attention_logit_growth, ill_conditioned_jacobian, norm_overflow,
         ):  # fmt: skip
             found += rule(e)
+        if not any("exploding" in f.pathology or f.pathology == "batchnorm_explosion" for f in found):
+            found += backward_overflow(e)
         if not found:  # it costs a gradient more, and what was found explains it
             found += shattered_gradients(e)
     if d is not None:

@@ -25,7 +25,10 @@ MAY_IMPORT = {
     "initializers": {"scale"},
     "meanfield": {"activations", "scale"},
     "random_matrix": {"activations", "scale"},
-    "taps": {"scale"},
+    "taps": set(),
+    "blocks": {"scale", "taps"},
+    "evidence": {"taps"},
+    "rules": {"evidence", "taps"},
     "theory": {"activations"},
     # what is trained
     "config": set(),
@@ -41,9 +44,8 @@ MAY_IMPORT = {
     "results": {"config"},
     "alarm": set(),
     "monitor": {"alarm", "transforms", "results"},
-    "measure": {"config", "models", "tasks", "initializers", "step", "spectrum", "matrix_free", "scale"}
-    | {"activations", "meanfield", "random_matrix", "taps", "theory"},
-    "diagnosis": {"config", "results", "activations", "taps", "spectrum", "meanfield", "random_matrix", "scale"},
+    "diagnosis": {"evidence", "rules", "results", "matrix_free", "taps", "transforms", "plots"},
+    "measure": {"config", "models", "tasks", "step", "spectrum", "theory", "evidence", "diagnosis"},
     "ablation": {"config", "grid", "training", "transforms", "checkpoint", "results", "monitor", "tasks", "scale"},
     "coordinate": {"taps", "scale", "results"},
     "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
@@ -59,7 +61,7 @@ ONLY_IN = {
     "flax": {"models", "taps"},
     "xarray": {"ablation", "results", "plots", "report", "measure", "diagnosis", "coordinate"},
     "matplotlib": {"plots", "cli"},  # the command line chooses the backend
-    "optax": {"transforms", "optimizers", "training", "measure", "coordinate"},
+    "optax": {"transforms", "optimizers", "training", "measure", "coordinate", "diagnosis"},
     "orbax": {"checkpoint"},
     "sklearn": {"tasks"},
     "pooch": {"tasks"},

@@ -24,6 +24,13 @@ from gradjax.taps.names import tap as tap
 PyTree = Any
 
 
+class Reasons(dict):
+    """name -> why it has no value. Texts are no leaves of a pytree, so that a `Probe` may leave jit and vmap."""
+
+
+jax.tree_util.register_pytree_node(Reasons, lambda d: ((), tuple(d.items())), lambda items, _: Reasons(items))
+
+
 class Probe(NamedTuple):
     """What `probe` returns. A name inside a scan has a row for every iteration, on a leading axis."""
 
@@ -32,7 +39,7 @@ class Probe(NamedTuple):
     cotangents: dict[str, Array]  # of the shapes of values; those that can be had
     grads: PyTree  # like params
     aux: PyTree = None
-    skipped: dict[str, str] = {}  # name -> why it has no value
+    skipped: Reasons = Reasons()
 
 
 class Traced(NamedTuple):
@@ -97,8 +104,8 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, args: tuple, has_aux: boo
     if not leaves or any(not jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves):
         kinds = sorted({str(jnp.result_type(x)) if hasattr(x, "dtype") else type(x).__name__ for x in leaves})
         raise ValueError(
-            f"{where}: the leaves of params are {', '.join(kinds) or 'none'}; floating arrays are needed, the rest goes "
-            "in args or the loss itself."
+            f"{where}: the leaves of params are {', '.join(kinds) or 'none'}; floating arrays are needed, the "
+            "rest goes in args or the loss itself."
         )
     arrays, merge = arrays_of(args), merger(args)
 
@@ -125,8 +132,9 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, args: tuple, has_aux: boo
     if not sites:
         why = f" ({'; '.join(f'{name}: {reason}' for name, reason in skipped.items())})" if skipped else ""
         raise ValueError(
-            f"{where}: no named value was found{why}. Outputs of Linen, NNX and Equinox modules have names by themselves "
-            '(call the module inside the loss); in a plain function mark values: h = gradjax.tap(h, "layer3").'
+            f"{where}: no named value was found{why}. Outputs of Linen, NNX and Equinox modules have names by "
+            "themselves (call the module inside the loss); in a plain function mark values: "
+            'h = gradjax.tap(h, "layer3").'
         )
     out_tree = jax.tree.structure(shape)
     return Traced(jaxpr, _unique(sites), skipped, leaves + arrays, len(leaves), params, out_tree, loss_fn)
@@ -180,5 +188,5 @@ def probe(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool
         cotangents={site.name: cotangents[site.path] for site in traced.sites if site.path in cotangents},
         grads=jax.tree.unflatten(jax.tree.structure(traced.params), grads),
         aux=out[1] if has_aux else None,
-        skipped=traced.skipped,
+        skipped=Reasons(traced.skipped),
     )

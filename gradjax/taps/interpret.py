@@ -1,9 +1,9 @@
 """A jaxpr evaluated once more, with something done at chosen values: the engine of `gradjax.probe`.
 
 Each *site* is the first output of an equation (or a carried value of a scan), known by its path. At a site the value
-passes through `attach(path, value, sink)`; differentiating with respect to the sinks gives what `attach`'s backward pass says
-of the cotangent. With x + sink it is the cotangent itself; with a function whose backward pass returns statistics in the
-sink's place it is those, and the cotangent is never stored. A scan stacks them, one row for each iteration.
+goes through `attach(path, value, sink)`; differentiating with respect to the sinks gives what `attach`'s backward pass
+says of the cotangent. With x + sink it is the cotangent itself; with a function whose backward pass returns statistics
+in the sink's place it is those, and the cotangent is never stored. A scan stacks them, one row for each iteration.
 
     jit, scan, checkpoint, cond      values and cotangents; a branch of `cond` not taken has NaN values and no cotangent
     while, custom_jvp, custom_vjp    values alone (of a while the last turn's): their derivatives are not their insides'
@@ -57,7 +57,9 @@ def named_sites(jaxpr: Any, path: Path = (), lead: tuple[int, ...] = (), values_
             branch = (*here, number) if primitive == "cond" else here
             found, refused = named_sites(each, branch, rows, values_only or primitive in VALUES_ONLY)
             if not (enterable(eqn) or primitive in VALUES_ONLY) or (primitive == "while" and key == "cond_jaxpr"):
-                refused |= {site.name: f"it lies inside {primitive}, which a probe does not look into" for site in found}
+                refused |= {
+                    site.name: f"it lies inside {primitive}, which a probe does not look into" for site in found
+                }
                 found = []
             sites += found
             skipped |= refused

@@ -1,15 +1,17 @@
 """What gradjax knows of the insides of a jaxpr: where it holds others, and how to bind one equation again.
 
-`jax.extend` promises no stability, so this file and `gradjax.taps.interpret` are the only ones on it; their tests run on
-the oldest and the newest supported jax. A *path* names an equation: the indices of the equations on the way to it, so
-(3, 0) is the first equation of the jaxpr inside the fourth.
+`jax.extend` and `jax.interpreters` promise no stability, so this file holds what is used of them (and `core.Literal`);
+the tests run on the oldest and the newest supported jax. A *path* names an equation: the indices of the equations on
+the way to it, so (3, 0) is the first equation of the jaxpr inside the fourth.
 """
 
 from typing import Any
 
+import jax.numpy as jnp
+from jax import Array
 from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
-PREFIX = "gradjax."
 Path = tuple[int, ...]
 
 INLINE = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}  # evaluated as if written in place
@@ -48,9 +50,32 @@ def scan_split(eqn: Any) -> tuple[int, int]:
     return consts, carry
 
 
+# The identity with a name. It is a primitive of our own, not `checkpoint_name`, for the sake of vmap: a mapped axis may
+# lie anywhere in a value, as it does in `vmap(lambda x: w @ x)`; where `front` is set, this one moves it to the front.
+_name = core.Primitive("gradjax_name")
+_name.def_impl(lambda x, *, name, front: x)
+_name.def_abstract_eval(lambda x, *, name, front: x)
+ad.primitive_jvps[_name] = lambda primals, tangents, **params: (_name.bind(*primals, **params), tangents[0])
+mlir.register_lowering(_name, lambda ctx, x, *, name, front: [x])
+
+
+def _mapped(operands: tuple, dims: tuple, *, name: str, front: bool) -> tuple[Array, int]:
+    (x,), (dim,) = operands, dims
+    x, dim = (jnp.moveaxis(x, dim, 0), 0) if front else (x, dim)
+    return _name.bind(x, name=name, front=front), dim
+
+
+batching.primitive_batchers[_name] = _mapped
+
+
+def named(x: Array, name: str, front: bool) -> Array:
+    """`x`, with an equation in the jaxpr that says its name; with `front`, axes that a vmap maps come first."""
+    return _name.bind(x, name=name, front=front)
+
+
 def is_named(eqn: Any) -> bool:
     """Whether an equation is one of our names."""
-    return eqn.primitive.name == "name" and eqn.params["name"].startswith(PREFIX)
+    return eqn.primitive is _name
 
 
 def bind(eqn: Any, operands: list) -> list:

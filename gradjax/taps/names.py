@@ -1,8 +1,8 @@
 """Names on values: `tap` by hand, and the outputs of Linen, NNX and Equinox modules while a function is traced.
 
-A name is a `jax.ad_checkpoint.checkpoint_name`, the identity: it stays in the jaxpr through jit, scan, remat and vmap,
-where a Python dictionary that collects values would hold leaked tracers. Nothing is named outside of a probe but what
-`tap` marks, and a name changes no bit of the result.
+A name is an equation of the jaxpr, the identity: it stays there through jit, scan, remat and vmap, where a Python
+dictionary that collects values would hold leaked tracers. Nothing is named outside of a probe but what `tap` marks, and
+a name changes no bit of the result. While a probe traces, axes that a vmap maps come first in a named value.
 
 Linen: `nn.intercept_methods` names each module's output with its path. NNX and Equinox: the `__call__` of the classes
 that the model is made of is wrapped while tracing; a module is known by its identity, so its name is the attribute path
@@ -18,21 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
-from gradjax.taps.jaxprs import PREFIX
+from gradjax.taps.jaxprs import named
 
 PyTree = Any
 _SEPARATOR = "\x1f"
 
 
 def _marked(x: Any, kind: str, name: str, label: str = "", leaf: str = "") -> Any:
-    return checkpoint_name(x, PREFIX + _SEPARATOR.join((kind, name, label, leaf)))
+    return named(x, _SEPARATOR.join((kind, name, label, leaf)), front=_known is not None)
 
 
 def parse(text: str) -> tuple[str, str, str]:
     """(kind, name with the leaf of the output, class of the module) of a name in a jaxpr."""
-    kind, name, label, leaf = text.removeprefix(PREFIX).split(_SEPARATOR)
+    kind, name, label, leaf = text.split(_SEPARATOR)
     return kind, name + leaf, label
 
 
@@ -88,9 +87,7 @@ _wrapped: dict[type, Any] = {}  # class -> its own __call__, or None where it is
 
 def _bases() -> tuple[type, ...]:
     """The base classes of the module systems that are loaded."""
-    found = [
-        getattr(sys.modules[name], "Module", None) for name in ("flax.nnx", "equinox") if name in sys.modules
-    ]
+    found = [getattr(sys.modules[name], "Module", None) for name in ("flax.nnx", "equinox") if name in sys.modules]
     return tuple(base for base in found if isinstance(base, type))
 
 
@@ -99,33 +96,34 @@ def is_module(x: Any) -> bool:
     return bool(bases := _bases()) and isinstance(x, bases)
 
 
-def _parts(x: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """(path, module) of a module and all modules in it, through lists, tuples and dicts."""
+def _parts(x: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """(path, module) of a module and all modules in it but those `seen`, through lists, tuples and dicts."""
     if isinstance(x, list | tuple) or (is_module(x) and type(x).__name__ == "List"):
         for i, part in enumerate(x):
-            yield from _parts(part, f"{path}[{i}]")
+            yield from _parts(part, f"{path}[{i}]", seen)
     elif isinstance(x, dict):
         for key, part in x.items():
-            yield from _parts(part, f"{path}[{key!r}]")
-    elif is_module(x):
+            yield from _parts(part, f"{path}[{key!r}]", seen)
+    elif is_module(x) and id(x) not in seen:  # NNX models may go round in circles
+        seen.add(id(x))
         yield path, x
         for key, part in vars(x).items():
             if not key.startswith("_"):
-                yield from _parts(part, f"{path}.{key}" if path else key)
+                yield from _parts(part, f"{path}.{key}" if path else key, seen)
 
 
 def register(model: Any, path: str = "") -> None:
     """Make the modules of `model` known to the probe that is tracing, if one is."""
     if _known is None:
         return
-    for name, module in _parts(model, path):
+    for name, module in _parts(model, path, set()):
         if id(module) not in _known:
             _known[id(module)] = name, module
             _wrap(type(module))
 
 
 def _wrap(cls: type) -> None:
-    if cls in _wrapped or not callable(getattr(cls, "__call__", None)):
+    if cls in _wrapped or not callable(getattr(cls, "__call__", None)):  # noqa: B004
         return
     original = cls.__call__
     _wrapped[cls] = cls.__dict__.get("__call__")

@@ -113,7 +113,7 @@ def logits(x: Array) -> Logits:
 
 
 def histogram(x: Array) -> Array:
-    """Share of entries in bins of 8 powers of two, (BINS,): |x| in [2^(8 i - 128), 2^(8 i - 120)); zeros in the first."""
+    """Share of entries in BINS bins of 8 powers of two: |x| in [2^(8 i - 128), 2^(8 i - 120)), zeros in the first."""
     bits = lax.bitcast_convert_type(jnp.abs(widened(x).astype(jnp.float32)), jnp.int32)
     which = jnp.clip((bits >> 23) + 1, 0, 255) >> 3
     return jnp.mean(which.reshape(-1)[:, None] == jnp.arange(BINS), axis=0, dtype=jnp.float32)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from gradjax.taps.interpret import Site
-from gradjax.taps.jaxprs import INLINE, REMAT, Path, inner, insides, is_named, scan_split
+from gradjax.taps.jaxprs import INLINE, REMAT, Path, inner, insides, scan_split
 
 NEUTRAL, DATA, PARAM, ACT = range(4)  # literals and what is made of them; data; parameters alone; activations
 CUTS = {"stop_gradient", "floor", "ceil", "round", "sign", "is_finite", "argmax", "argmin"}  # no derivative
@@ -69,7 +69,9 @@ class Frame:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     outputs: list[Value] = dataclasses.field(default_factory=list)
     consumers: dict[int, set[int]] = dataclasses.field(default_factory=dict)  # of alive nodes, and of _ENTRY
-    dominator: dict[int, int] = dataclasses.field(default_factory=dict)  # immediate post-dominators; the sink is len(nodes)
+    dominator: dict[int, int] = dataclasses.field(
+        default_factory=dict
+    )  # immediate post-dominators; the sink is len(nodes)
     sliced: set[int] = dataclasses.field(default_factory=set)  # parameters of which parts are taken
     used: frozenset[int] = frozenset()  # parameters with a differentiable way to the outputs
 
@@ -293,6 +295,7 @@ class Recurrence(NamedTuple):
     length: int
     reverse: bool
     fan_in: int
+    leaves: frozenset[int]  # of the parameters that it uses
 
 
 class Structure(NamedTuple):
@@ -364,7 +367,7 @@ def _norms(frame: Frame, segment: Sequence[int]) -> list[tuple[int, str]]:
 
 
 def _reduced_over(frame: Frame, u: int) -> str:
-    """ "batch" where the nearest sum behind a node runs over the first of several axes, "layer" over others only."""
+    """Where the nearest sum behind a node runs: "batch" over the first of several axes, "layer" over others only."""
     todo = [u]
     for _ in range(24):
         if not todo:
@@ -398,7 +401,9 @@ def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple
         if site is None and _is_join(node) and _is_float(node.eqn.outvars[0]):
             aval = node.eqn.outvars[0].aval
             last_name = _nearest(frame, u, names)
-            site = Site(node.path, f"{last_name}+skip" if last_name else "skip", "skip", "", aval.shape, aval.dtype, lead)
+            site = Site(
+                node.path, f"{last_name}+skip" if last_name else "skip", "skip", "", aval.shape, aval.dtype, lead
+            )
         if site is None or len(site.lead) != len(lead):
             continue
         segment = _between(frame, before, u)
@@ -561,4 +566,4 @@ def _recurrence(node: Node, lead: tuple[int, ...], names: dict[Path, Site]) -> l
         Site((*node.path, -1 - k), f"{name}.carry", "carry", "", aval.shape, aval.dtype, lead)
         for k, aval in zip(carried, avals, strict=True)
     )
-    return [Recurrence(sites, name, lead[0], node.eqn.params["reverse"], node.fan_in)]
+    return [Recurrence(sites, name, lead[0], node.eqn.params["reverse"], node.fan_in, node.body.used)]  # type: ignore[union-attr]
