@@ -145,11 +145,9 @@ def show(model, found, console):
 
 def write(result, about):
     """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
-    lines = [
-        "## Watching a training\n",
-        "`python benchmarks/bench_watch.py`: " + ", ".join(f"{k} {v}" for k, v in about.items()),
-    ]
-    lines[-1] = f"`python benchmarks/bench_watch.py`: {lines[-1]}. A user's loop, buffers donated; ratios of times of one round: median [quartiles].\n"
+    said = ", ".join(f"{k} {v}" for k, v in about.items())
+    lines = ["## Watching a training\n", f"`python benchmarks/bench_watch.py`: {said}. A user's loop, buffers donated;"]
+    lines[-1] += " ratios of times of one round: median [quartiles].\n"
     for model, found in result.items():
         lines += [
             f"**{model}**\n",

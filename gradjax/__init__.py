@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradjax.ablation import sweep as sweep
+    from gradjax.blocks import links as links
+    from gradjax.blocks import per_example as per_example
+    from gradjax.coordinate import coordinate_check as coordinate_check
     from gradjax.diagnosis import diagnose as diagnose
+    from gradjax.monitor import Monitor as Monitor
     from gradjax.spectrum import jacobian_spectrum as jacobian_spectrum
     from gradjax.spectrum import log_singular_values as log_singular_values
     from gradjax.spectrum import lyapunov_exponents as lyapunov_exponents
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Monitor": "monitor",
+    "coordinate_check": "coordinate",
+    "links": "blocks",
+    "per_example": "blocks",
     "diagnose": "diagnosis",
     "functional": "taps",
     "probe": "taps",
@@ -42,13 +50,17 @@ _HOME = {
 
 __all__ = [
     "__version__",
+    "Monitor",
+    "coordinate_check",
     "diagnose",
     "functional",
     "jacobian_spectrum",
     "layer_jacobians",
+    "links",
     "log_singular_values",
     "lyapunov_exponents",
     "moments",
+    "per_example",
     "probe",
     "signals",
     "sweep",

@@ -365,7 +365,7 @@ _WORDS = {
     "untrained_layer": "{place} has no differentiable path to the loss, and so have {count} leaves in all.",
     "norm_overflow": "The gradient of {place} has a norm of {norm}: finite, but its square is not.",
     "frozen_optimizer": "The optimiser's state {place} holds inf or NaN: those parameters never move again.",
-    "loss_spikes": "The loss jumps {spikes} times, first at step {first_step}, up to {largest_factor:.3g} times its median.",
+    "loss_spikes": "The loss jumps {spikes} times, first at step {first_step}, at most by {largest_factor:.3g}.",
     "clipping_always": "{place} clips every step: its threshold sets the step, not the gradient.",
     "clipping_never": "{place} never clips: its threshold does nothing.",
 }
@@ -401,6 +401,6 @@ def _explain_growth(finding: Finding) -> str:
     return (
         f"{back}{way} the {what} {'grows' if growth > 0 else 'shrinks'}: {growth:+.1f} nats in all, a factor of "
         f"{factor(growth)}, {e['growth_nats_per_layer']:+.3f} nats per {finding.where['kind']}. The threshold is "
-        f"{finding.threshold:+.1f} nats; the growth is {abs(e['standard_deviations']):.0f} standard deviations from that "
-        f"of a critical network of this width and depth. Cause: {finding.cause.replace('_', ' ')}."
+        f"{finding.threshold:+.1f} nats; the growth is {abs(e['standard_deviations']):.0f} standard deviations from "
+        f"that of a critical network of this width and depth. Cause: {finding.cause.replace('_', ' ')}."
     )

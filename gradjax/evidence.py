@@ -96,7 +96,7 @@ def _groups(arrays: dict) -> list[list]:
 
 
 def _grouped(function: Callable, arrays: dict) -> dict:
-    """{keys: function of each, stacked}: one piece of program for all arrays of one shape, or it compiles for minutes."""
+    """{keys: function of each, stacked}: one piece of program for all arrays of a shape, or it compiles for minutes."""
     return {tuple(keys): jax.vmap(function)(jnp.stack([arrays[key] for key in keys])) for keys in _groups(arrays)}
 
 
@@ -253,7 +253,8 @@ class Examination:
         dot = lambda a, b: sum((flat(x) * flat(y)).sum(1) for x, y in zip(a, b, strict=True))
         with np.errstate(all="ignore"):
             cosine = dot(g, h) / np.sqrt(dot(g, g) * dot(h, h))
-            change = [np.linalg.norm(flat(x) - flat(y)) / np.linalg.norm(flat(x)) for x, y in zip(before, after)]
+            pairs = [(flat(x), flat(y)) for x, y in zip(before, after, strict=True)]
+            change = [np.linalg.norm(x - y) / np.linalg.norm(x) for x, y in pairs]
         known = cosine[np.isfinite(cosine)]
         return (float(np.median(known)), float(max(change, default=0.0))) if known.size else None
 

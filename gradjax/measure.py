@@ -1,8 +1,8 @@
 """Measurements of a configured network at initialisation, over seeds: config -> evidence, Dataset.
 
 Per seed and hidden layer: activation rms, cotangent rms and parameter-gradient norm of one training batch, on the path
-that any loss function takes (`gradjax.evidence`); per layer Jacobian its largest, smallest and rms singular value; of the layer
-product all log singular values (`gradjax.spectrum`), at the batch's first example. All logarithms are natural.
+that any loss function takes (`gradjax.evidence`); per layer Jacobian its largest, smallest and rms singular value; of
+the layer product all log singular values (`gradjax.spectrum`), at the batch's first example. Natural logarithms.
 
 The batch and its split depend on `experiment.seed` alone; seed i of the network is the same whatever `num_seeds` is.
 Cost: one compiled program for the signals, O(depth * width^3) per seed for the spectra.
@@ -114,7 +114,8 @@ def examine(
       progress: called with a line of text before each long part.
 
     Returns:
-      evidence: of every seed, for `gradjax.diagnosis.judge`; and before it a dataset of float64 natural logarithms. Dimension `layer` is hidden_1 .. hidden_depth, `seed` the networks,
+      (dataset, evidence of every seed for `gradjax.diagnosis.judge`). The dataset holds float64 natural logarithms.
+      Dimension `layer` is hidden_1 .. hidden_depth, `seed` the networks,
       `spectrum_seed` the first of them, `index` the singular values in descending order:
         log_activation_rms, log_cotangent_rms (of d loss / d h, the batch's mean loss), log_gradient_norm (of the
         parameters of that layer): (seed, layer); loss, log_gradient_norm_readout: (seed,);

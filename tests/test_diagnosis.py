@@ -13,7 +13,8 @@ from gradjax import config, diagnosis, results
 from gradjax.diagnosis import judge
 from gradjax.evidence import Evidence
 from gradjax.measure import examine, measure
-from gradjax.rules import findings, maximal_run
+from gradjax.rules import findings
+from gradjax.rules.finding import maximal_run
 from gradjax.taps.interpret import Site
 from gradjax.taps.statistics import Cotangent, Statistics
 from gradjax.taps.structure import Layer, Structure

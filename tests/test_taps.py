@@ -1,4 +1,4 @@
-"""Values and cotangents of a probe against perturbations put in by hand into the same function, unrolled."""
+"""Values and cotangents of a probe against perturbations put in by hand into the same function, unrolled; bad input."""
 
 import functools
 import re
@@ -14,16 +14,20 @@ from gradjax import probe, tap
 
 def plainly(net, params, *args):
     """(loss, values, cotangents, grads) of net(at, params, *args): zeros added where it says at(h, name)."""
-    values = {}
 
-    def record(h, name):
-        assert name not in values
-        values[name] = h
-        return h
+    def record(params):
+        values = {}
 
-    loss = net(record, params, *args)
+        def at(h, name):
+            assert name not in values
+            values[name] = h
+            return h
+
+        return net(at, params, *args), values
+
+    loss, values = jax.jit(record)(params)
     moved = lambda params, eps: net(lambda h, name: h + eps[name], params, *args)
-    grads, cotangents = jax.grad(moved, (0, 1))(params, jax.tree.map(jnp.zeros_like, values))
+    grads, cotangents = jax.jit(jax.grad(moved, (0, 1)))(params, jax.tree.map(jnp.zeros_like, values))
     return loss, values, cotangents, grads
 
 
@@ -376,3 +380,32 @@ def test_functions_jitted_and_called_before_are_probed(weights, report):
         agree(probe(scanned, ws, x), plainly(looped, ws, x), report)
     np.testing.assert_array_equal(jax.grad(scanned)(ws, x), before)
     np.testing.assert_array_equal(probe(scanned, ws, x).grads, before)
+
+
+# ---- bad input
+
+
+def marked(w, x):
+    return jnp.sum(tap(w * x, "h"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "options", "words"),
+    [
+        (lambda w, x: tap(w * x, "h"), 1.0, {}, r"loss returns \(5, 4\) float32.*scalar.*mean or sum"),
+        (lambda w, x: (marked(w, x), x), 1.0, {}, r"loss returns a tuple.*has_aux=True"),
+        (marked, 1.0, {"has_aux": True}, r"must return \(loss, aux\)"),
+        (lambda w, x: jnp.argmax(tap(w * x, "h")), 1.0, {}, r"\(\) int32.*floating scalar"),
+        (lambda w, x: jnp.sum(w * x), 1.0, {}, r"no named value.*gradjax\.tap\(h, "),
+        (lambda w, x: marked(w, x) + marked(w, x), 1.0, {}, r"name 'h' is used 2 times.*f\"block\{i\}\""),
+        (marked, np.int32(1), {}, r"leaves of params are int32; floating"),
+        (lambda w, x: marked(w["a"], x), {"a": 1.0, "n": np.int32(3)}, {}, r"int32; floating arrays"),
+        (lambda w, x: jnp.sum(tap(x, "h")), {}, {}, r"leaves of params are none"),
+        (lambda w, x: jnp.sum(tap(w * x, "")), 1.0, {}, r"tap: the name is ''"),
+        (lambda w, x: jnp.sum(tap(w * x, 3)), 1.0, {}, r"tap: the name is 3"),
+    ],
+)
+def test_bad_input_is_refused(loss, params, options, words):
+    params = jnp.float32(params) if isinstance(params, float) else params
+    with pytest.raises(ValueError, match=words):
+        probe(loss, params, jnp.ones((5, 4)), **options)

@@ -1,4 +1,4 @@
-"""A probe of Linen, NNX and Equinox models against perturbations put in by hand, and what it says to bad input."""
+"""A probe of Linen, NNX and Equinox models against perturbations put in by hand."""
 
 import gc
 
@@ -46,7 +46,8 @@ def linen(module, x=X, **rngs):
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return x + nn.Dense(4)(jnp.tanh(nn.Dense(3)(x)))
+        h = nn.Dense(3)(x)
+        return x + nn.Dense(4)(jnp.tanh(h))
 
 
 def block(at, p, x, name):
@@ -97,7 +98,6 @@ def test_linen_modules_by_their_paths(module, by_hand, report):
     called = jax.jit(loss)
     called(params, X)
     agree(probe(called, params, X), plainly(by_hand, params, X), report)
-    assert "gradjax" not in str(jax.make_jaxpr(loss)(params, X)).replace("name=between", "").replace("gradjax_name", "")
 
 
 class Stack(nn.Module):
@@ -180,7 +180,9 @@ def test_linen_batchnorm_and_dropout(report):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.BatchNorm(use_running_average=False, momentum=0.9, name="norm")(nn.Dense(3, name="dense")(x))
+            x = nn.BatchNorm(use_running_average=False, momentum=0.9, name="norm")(
+                nn.Dense(3, use_bias=False, name="dense")(x)
+            )
             return nn.Dropout(0.5, deterministic=False, name="drop")(x)
 
     model, key = Net(), jax.random.key(2)
@@ -195,7 +197,7 @@ def test_linen_batchnorm_and_dropout(report):
     kept = jnp.float32(found.values["drop"] != 0)
 
     def by_hand(at, p, x):
-        h = at(dense(p["dense"], x), "dense")
+        h = at(x @ p["dense"]["kernel"], "dense")
         h = (h - h.mean(0)[None]) / jnp.sqrt(jnp.mean(jnp.square(h - h.mean(0)[None]), 0) + 1e-5)[None]
         h = at(h * p["norm"]["scale"][None] + p["norm"]["bias"][None], "norm")
         return square(at(at(h * kept * 2, "drop"), "Net"))
@@ -232,16 +234,19 @@ class Net(nnx.Module):
         return self.table["out"](self.drop(self.norm(x)))
 
 
+def of(variable):
+    """The array of a variable in any Flax."""
+    return jax.tree.leaves(variable)[0]
+
+
 def net(at, p, x, kept):
     for i in range(2):
-        h = at(
-            x @ p["layers"][i]["linear"]["kernel"][...] + p["layers"][i]["linear"]["bias"][...], f"layers_{i}.linear"
-        )
+        h = at(x @ of(p["layers"][i]["linear"]["kernel"]) + of(p["layers"][i]["linear"]["bias"]), f"layers_{i}.linear")
         x = at(jnp.tanh(h), f"layers_{i}")
     h = (x - x.mean(0)[None]) / jnp.sqrt(jnp.mean(jnp.square(x - x.mean(0)[None]), 0) + 1e-5)[None]
-    h = at(h * p["norm"]["scale"][...][None] + p["norm"]["bias"][...][None], "norm")
+    h = at(h * of(p["norm"]["scale"])[None] + of(p["norm"]["bias"])[None], "norm")
     h = at(h * kept * 2, "drop")
-    return square(at(at(h @ p["table"]["out"]["kernel"][...] + p["table"]["out"]["bias"][...], "out"), "Net"))
+    return square(at(at(h @ of(p["table"]["out"]["kernel"]) + of(p["table"]["out"]["bias"]), "out"), "Net"))
 
 
 def plain_names(found):
@@ -293,7 +298,7 @@ def test_nnx_stacks_have_rows(report):
 
     loss, params = functional(lambda model, x: square(model(x)), Stack(nnx.Rngs(0)))
     found = probe(loss, params, X)
-    kernel, bias = params["layers"]["linear"]["kernel"][...], params["layers"]["linear"]["bias"][...]
+    kernel, bias = of(params["layers"]["linear"]["kernel"]), of(params["layers"]["linear"]["bias"])
 
     def by_hand(at, p, x):
         for i in range(3):
@@ -302,11 +307,10 @@ def test_nnx_stacks_have_rows(report):
 
     loss_, values, cotangents, grads = plainly(by_hand, (kernel, bias), X)
     moved = {"Stack": "Stack", "Stack.Layer.linear": "linear", "Stack.Layer": "layer"}
-    pick = lambda tree: {moved.get(name, name.replace("Layer", "Stack.Layer")): x for name, x in tree.items()}
     pick = lambda tree: {moved.get(name) or moved["Stack." + name]: x for name, x in tree.items()}
     rest = found.grads["layers"]["linear"]
     found = found._replace(
-        values=pick(found.values), cotangents=pick(found.cotangents), grads=(rest["kernel"][...], rest["bias"][...])
+        values=pick(found.values), cotangents=pick(found.cotangents), grads=(of(rest["kernel"]), of(rest["bias"]))
     )
     agree(found, (loss_, values, cotangents, grads), report)
 
@@ -379,8 +383,7 @@ def test_equinox_scan_over_stacked_layers(report):
 
     loss, params = functional(lambda model, x: square(jax.vmap(model)(x)), model)
     found = probe(loss, params, X)
-    swap = lambda tree: {n: jnp.moveaxis(x, 1, 1) for n, x in tree.items()}
-    agree(found._replace(values=swap(found.values)), plainly(by_hand, params, X), report)
+    agree(found, plainly(by_hand, params, X), report)
 
 
 # ---- nothing left behind
@@ -422,35 +425,6 @@ def raising():
     raise RuntimeError("of the user")
 
 
-# ---- bad input
-
-
-def marked(w, x):
-    return jnp.sum(tap(w * x, "h"))
-
-
-@pytest.mark.parametrize(
-    ("loss", "params", "options", "words"),
-    [
-        (lambda w, x: tap(w * x, "h"), 1.0, {}, r"loss returns \(5, 4\) float32.*scalar.*mean or sum"),
-        (lambda w, x: (marked(w, x), x), 1.0, {}, r"loss returns a tuple.*has_aux=True"),
-        (marked, 1.0, {"has_aux": True}, r"must return \(loss, aux\)"),
-        (lambda w, x: jnp.argmax(tap(w * x, "h")), 1.0, {}, r"\(\) int32.*floating scalar"),
-        (lambda w, x: jnp.sum(w * x), 1.0, {}, r"no named value.*gradjax\.tap\(h, "),
-        (lambda w, x: marked(w, x) + marked(w, x), 1.0, {}, r"name 'h' is used 2 times.*f\"block\{i\}\""),
-        (marked, np.int32(1), {}, r"leaves of params are int32; floating"),
-        (lambda w, x: marked(w["a"], x), {"a": 1.0, "n": np.int32(3)}, {}, r"int32; floating arrays"),
-        (lambda w, x: jnp.sum(tap(x, "h")), {}, {}, r"leaves of params are none"),
-        (lambda w, x: jnp.sum(tap(w * x, "")), 1.0, {}, r"tap: the name is ''"),
-        (lambda w, x: jnp.sum(tap(w * x, 3)), 1.0, {}, r"tap: the name is 3"),
-    ],
-)
-def test_bad_input_is_refused(loss, params, options, words):
-    params = jnp.float32(params) if isinstance(params, float) else params
-    with pytest.raises(ValueError, match=words):
-        probe(loss, params, X, **options)
-
-
 def test_functional_takes_models_alone():
-    with pytest.raises(ValueError, match=r"model is Dense.*Linen.*needs? no wrapping|model is Dense.*need no wrapping"):
+    with pytest.raises(ValueError, match="model is Dense.*need no wrapping"):
         functional(lambda m, x: m(x), nn.Dense(3))

@@ -124,7 +124,7 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, args: tuple, has_aux: boo
             raise
     if has_aux and not (isinstance(shape, tuple) and len(shape) == 2):
         raise ValueError(f"{where}: with has_aux=True the loss must return (loss, aux); it returns {_kind(shape)}.")
-    loss = shape[0] if has_aux else shape
+    loss: Any = shape[0] if has_aux else shape  # type: ignore[index]
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         hint = " If it returns (loss, aux), say has_aux=True." if isinstance(loss, tuple) else " Take its mean or sum."
         raise ValueError(f"{where}: the loss returns {_kind(loss)}; a floating scalar of shape () is needed.{hint}")

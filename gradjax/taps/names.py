@@ -10,6 +10,7 @@ from the model, `blocks[2].attention.query`. Tracing in several threads at once 
 """
 
 import contextlib
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -176,7 +177,8 @@ def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., A
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(model, nnx.Module):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        merge = lambda params: nnx.merge(graph, params, rest, copy=True)
+        copy = {"copy": True} if "copy" in inspect.signature(nnx.merge).parameters else {}  # Flax 0.10 always copies
+        merge = lambda params: nnx.merge(graph, params, rest, **copy)
     else:
         import equinox as eqx
 

@@ -12,11 +12,13 @@ recurrence over time, one node of the chain, with a record of its own (`Recurren
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from gradjax.taps.interpret import Site
@@ -86,7 +88,7 @@ def _is_float(atom: Any) -> bool:
 def _fans(eqn: Any, weights: int) -> tuple[int, int]:
     """(fan_in, fan_out) of the operand `weights` of a product."""
     shape = eqn.invars[weights].aval.shape
-    size = int(jnp.prod(jnp.array(shape))) if shape else 1
+    size = math.prod(shape)
     numbers = eqn.params["dimension_numbers"]
     if eqn.primitive.name == "dot_general":
         contracted, batched = numbers[0][weights], numbers[1][weights]
@@ -463,7 +465,7 @@ def _nearest(frame: Frame, u: int, names: dict[Path, Site]) -> str:
 
 
 def _is_zero(atom: Any) -> bool:
-    return isinstance(atom, core.Literal) and not jnp.any(jnp.asarray(atom.val))
+    return isinstance(atom, core.Literal) and not np.any(np.asarray(atom.val))
 
 
 def _is_relu(eqn: Any) -> bool:
