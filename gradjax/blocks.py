@@ -14,6 +14,7 @@ link is the whole function with a value put in its place; what a compiled progra
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,23 +22,28 @@ import jax.numpy as jnp
 from jax import Array
 
 from gradjax import scale
-from gradjax.taps import Traced, trace
-from gradjax.taps.interpret import run, watching
+from gradjax.taps import Traced, functional, names, trace
+from gradjax.taps.interpret import Site, run, watching
 from gradjax.taps.structure import Layer, analyse
 
 PyTree = Any
 
 
-def _pick(layers: Sequence[Layer], name: str | None, default: int) -> int:
-    names = [layer.name for layer in layers]
+def _at_name(layer: Layer, sites: Sequence[Site]) -> Layer:
+    """The layer, ended at the value that has its name: it may go on to a norm or a sum behind that."""
+    name = layer.name.removesuffix(f"[{layer.row}]")
+    return replace(layer, site=next((site for site in sites if site.name == name), layer.site))
+
+
+def _pick(layers: Sequence[Layer], ends: Sequence[Layer], name: str | None, default: int) -> tuple[int, Layer]:
+    """(index, layer) of the value `name`: a layer's own or, as in `ends`, the last one in it."""
+    known = [layer.name for layer in layers]
     if name is None:
-        return default % len(layers)
-    if name in names:
-        return names.index(name)
-    sites = [layer.site.name for layer in layers]
-    if name in sites:
-        return sites.index(name)
-    shown = ", ".join(names[:8]) + (f", ... {names[-1]}" if len(names) > 8 else "")
+        return default % len(layers), layers[default]
+    for each, of in ((layers, known), (ends, [layer.site.name for layer in ends])):
+        if name in of:
+            return of.index(name), each[of.index(name)]
+    shown = ", ".join(known[:8]) + (f", ... {known[-1]}" if len(known) > 8 else "")
     raise ValueError(
         f"links: not every path to the loss passes {name!r} (a skip or another branch leads around it), or there is no "
         f"such value; the layer product is defined between two of: {shown}."
@@ -81,10 +87,11 @@ def links(
     layers = analyse(traced.jaxpr, traced.sites, traced.num_params).layers
     if len(layers) < 2:
         raise ValueError(f"links: {len(layers)} layer was found on the way to the loss; a product needs two at least.")
-    first, last = _pick(layers, start, 0), _pick(layers, stop, -1)
+    ends, layers = layers, [_at_name(layer, traced.sites) for layer in layers]
+    (first, at_start), (last, at_stop) = _pick(layers, ends, start, 0), _pick(layers, ends, stop, -1)
     if last <= first:
         raise ValueError(f"links: stop {stop!r} does not come after start {start!r}.")
-    chosen = layers[first : last + 1]
+    chosen = [at_start, *layers[first + 1 : last], at_stop]
     values = _values(traced, chosen)
     one = lambda value: value if example is None else value[example]
     pairs = zip(chosen, chosen[1:], values, strict=False)
@@ -147,6 +154,8 @@ def per_example(
     >>> found.log_norm.round(2).tolist(), found.correlation[0, 1].item()
     ([0.0, 69.08], 0.0)
     """
+    if names.is_module(params):
+        loss_fn, params = functional(loss_fn, params)
     leaves, tree = jax.tree.flatten(args)
     has_rows = [hasattr(x, "dtype") and jnp.ndim(x) > 0 for x in leaves]
     counts = {x.shape[0] for x, keep in zip(leaves, has_rows, strict=True) if keep}

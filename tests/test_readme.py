@@ -6,6 +6,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import gradjax
@@ -43,8 +44,9 @@ def test_page_of_docs(page, tmp_path, monkeypatch):
     """One after the other, as a reader runs them: what one block defines the next may use."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__page__"}
-    for number, text in enumerate(blocks(page)):
-        run(text, f"{page.name} block {number}", names)
+    with jax.numpy_dtype_promotion("standard"):  # as readers have it, and Optax needs it
+        for number, text in enumerate(blocks(page)):
+            run(text, f"{page.name} block {number}", names)
 
 
 @pytest.mark.parametrize("page", ["diagnosis", "my-loss-is-nan"])

@@ -1,4 +1,4 @@
-"""The scripts of fifteen lines, run as a user runs them: a healthy verdict, and a sick one where the model is made sick."""
+"""The scripts of fifteen lines, run as a user runs them: healthy as they stand, sick where the model is made sick."""
 
 import subprocess
 import sys

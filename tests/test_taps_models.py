@@ -426,5 +426,5 @@ def raising():
 
 
 def test_functional_takes_models_alone():
-    with pytest.raises(ValueError, match="model is Dense.*need no wrapping"):
+    with pytest.raises(ValueError, match=r"model is Dense.*need no wrapping"):
         functional(lambda m, x: m(x), nn.Dense(3))

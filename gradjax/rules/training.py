@@ -50,10 +50,13 @@ def unstable_step_size(d: Dynamics) -> list[Finding]:
             ]
     if len(d.losses) > 2 and not d.from_history:
         first, last = float(d.losses[0]), float(d.losses[-1])
-        grown = not math.isfinite(last) or last > 2 * abs(first) + 1e-3
+        highest = float(np.max(d.losses))  # NaN where one is
+        grown = not math.isfinite(highest) or last > 2 * abs(first) + 1e-3 or highest > 10 * abs(first) + 1e-3
         if math.isfinite(first) and grown:
-            source = f"the loss of one batch more than doubles in {len(d.losses) - 1} steps on it"
-            evidence |= {"loss_first": first, "loss_last": last}
+            source = (
+                f"the loss of one batch more than doubles in {len(d.losses) - 1} steps on it, or rises tenfold within"
+            )
+            evidence |= {"loss_first": first, "loss_last": last, "loss_highest": highest}
             return [Finding("unstable_step_size", where("run", 0, "loss"), "learning_rate", evidence, 2.0, source)]
     return []
 

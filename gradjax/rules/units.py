@@ -24,16 +24,22 @@ def _rows(x: Any) -> np.ndarray:
     return np.atleast_1d(np.asarray(x, float))
 
 
-def _index_of(e: Evidence, name: str, row: int | None) -> int:
-    """The layer that a value belongs to."""
-    for i, layer in enumerate(e.layers):
-        if layer.row == row and (layer.site.name == name or name.startswith((layer.site.name + "/", layer.name + "."))):
+def _index_of(e: Evidence, activation: Any, row: int | None) -> int:
+    """The layer that an activation function belongs to: by the name before it, else the next on its way; -1 for none."""
+    name, path = activation.layer, activation.site.path
+    mine = [i for i, layer in enumerate(e.layers) if layer.row == row]
+    for i in mine:
+        layer = e.layers[i]
+        if layer.site.name == name or name.startswith((layer.site.name + "/", layer.name + ".")):
             return i
-    return -1
+    if row is not None:  # of several scans the one that it is in
+        mine = [i for i in mine if e.layers[i].site.path[:1] == path[:1]]
+    after = [i for i in mine if e.layers[i].site.path > path]
+    return after[0] if after else mine[-1] if mine else -1
 
 
 def _activation_place(e: Evidence, activation: Any, row: int | None) -> dict[str, Any]:
-    index = _index_of(e, activation.layer, row)
+    index = _index_of(e, activation, row)
     if index >= 0:
         return where("layer", index, e.layers[index].name)
     name = activation.layer or activation.site.kind
@@ -159,13 +165,17 @@ def attention_logit_growth(e: Evidence) -> list[Finding]:
                 "logits freezes (Derrida 1981, random energy model); cf. Dehghani et al. 2023, arXiv 2302.05442"
             )
             place = _activation_place(e, activation, row)
-            limit, weights = float(2 * threshold[bad[0]]), weight_scale(e, e.layers[place["index"]])
+            limit, weights = float(2 * threshold[bad[0]]), _weights_at(e, place["index"])
             cause = "weights_too_large" if weights is not None and weights > 2 else "attention_scale"
             return [Finding("attention_logit_growth", place, cause, evidence, limit, source)]
     return []
 
 
-SVD_WORK = 2e9  # cubes of widths: some ten seconds of singular values
+SVD_WORK = 2e8  # cubes of widths: a second or two of singular values
+
+
+def _weights_at(e: Evidence, index: int) -> float | None:
+    return weight_scale(e, e.layers[index]) if index >= 0 else None
 
 
 def ill_conditioned_jacobian(e: Evidence) -> list[Finding]:
@@ -179,18 +189,17 @@ def ill_conditioned_jacobian(e: Evidence) -> list[Finding]:
             if len(leaves) != 1:
                 continue
             (leaf,) = leaves
-            w = np.asarray(e.params[leaf], np.float64)
-            if layer.row is not None and np.ndim(e.leaf_log_rms[leaf]):
-                w = w[layer.row]
+            stacked = layer.row is not None and np.ndim(e.leaf_log_rms[leaf]) > 0
+            w = e.params[leaf][layer.row] if stacked else e.params[leaf]
             if (
                 w.size != fan_in * fan_out
                 or w.ndim != 2
                 or min(w.shape) < 4
-                or not np.isfinite(w).all()
+                or not np.isfinite(w.astype(np.float64)).all()
                 or w.size > 2**20
             ):
                 continue
-            values = np.linalg.svd(w, compute_uv=False)
+            values = np.linalg.svd(w.astype(np.float64), compute_uv=False)
             middle = values[len(values) // 4]
             if values[0] > 0 and middle < values[0] * math.exp(-GROWTH_NATS):
                 evidence = {"log_condition_of_a_quarter": float(np.log(values[0] / max(middle, 1e-300)))}

@@ -228,6 +228,7 @@ def _link(frame: Frame) -> None:
             outputs = node.body.outputs
             node.body.outputs = [v if k < carried or (u, k) in used else Value(DATA) for k, v in enumerate(outputs)]
             _link(node.body)
+            node.leaves = node.body.used
     direct = frozenset().union(*(v.leaves for v in frame.outputs))
     frame.used = direct.union(*(frame.nodes[u].leaves for u in frame.consumers if u >= 0 and u < sink))
 
@@ -419,7 +420,7 @@ def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple
                 before = u
                 continue
             made = dataclasses.replace(
-                old, site=site, name=_shorter(old.name, site), norm=old.norm or made.norm,
+                old, site=site, name=_shorter(old, site), norm=old.norm or made.norm,
                 post_norm=old.post_norm or bool(made.norm and old.skip),
             )  # fmt: skip
         layers.append(made)
@@ -427,9 +428,10 @@ def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple
     return layers
 
 
-def _shorter(name: str, site: Site) -> str:
-    """The name of the module around a layer in place of the layer's, but never the whole model's."""
-    return site.name if site.kind == "module" and name.startswith((f"{site.name}/", f"{site.name}.")) else name
+def _shorter(layer: Layer, site: Site) -> str:
+    """The name of the module around a layer in place of the layer's, but never the whole model's; a tap's for a sum."""
+    around = site.kind == "module" and layer.name.startswith((f"{site.name}/", f"{site.name}."))
+    return site.name if around or (site.kind == "tap" and layer.site.kind == "skip") else layer.name
 
 
 def _row(layer: Layer, row: int) -> Layer:

@@ -10,6 +10,7 @@ Flax, Equinox and Optax, as they are and broken in stated ways). Exit status 1 w
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -18,7 +19,6 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -125,8 +125,9 @@ def main() -> int:
     ]
     started, rows = time.monotonic(), []
     context = get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=24) as pool:
-        for done, row in enumerate(pool.map(examine, chosen, [args.seed] * len(chosen)), start=1):
+    with context.Pool(args.jobs, maxtasksperchild=24) as pool:  # new processes now and then: compiled programs add up
+        work = functools.partial(examine, seed=args.seed)
+        for done, row in enumerate(pool.imap(work, chosen), start=1):
             rows.append(row)
             print(f"{done}/{len(chosen)} {row['framework']} {row['name']}: {row['said']}", file=sys.stderr, flush=True)
     found = rates([row for row in rows if row["half"] == "unseen"])
