@@ -171,8 +171,10 @@ def verdict_figure(ds: xr.Dataset, marks: Sequence[tuple[str, int, str]] = (), t
     """
     import matplotlib.pyplot as plt
 
-    layers, over_time = [["signals"], ["gradients"]], "time" in ds.dims
-    panels, size = layers, (7.4, 5.2)
+    layers: Any = [["signals"], ["gradients"]]
+    over_time = "time" in ds.dims
+    panels: Any = layers
+    size = (7.4, 5.2)
     if over_time:
         one = ds.sizes["layer"] < 2
         panels, size = ([["time"]], (7.4, 3.4)) if one else ([[*row, "time"] for row in layers], (10.4, 5.2))

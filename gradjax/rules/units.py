@@ -25,7 +25,7 @@ def _rows(x: Any) -> np.ndarray:
 
 
 def _index_of(e: Evidence, activation: Any, row: int | None) -> int:
-    """The layer that an activation function belongs to: by the name before it, else the next on its way; -1 for none."""
+    """The layer that an activation function belongs to: by the name before it, else the next one; -1 for none."""
     name, path = activation.layer, activation.site.path
     mine = [i for i, layer in enumerate(e.layers) if layer.row == row]
     for i in mine:

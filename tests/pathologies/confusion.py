@@ -4,9 +4,10 @@
     python tests/pathologies/confusion.py --half set        # the half that thresholds were chosen on
     python tests/pathologies/confusion.py --only 'lstm|rnn' --json
 
-Thresholds were chosen while looking at the half `set`: the cases of `planted.py` and `healthy.py` whose name has an even
-CRC-32. The half `unseen` is the others and all networks of an independent author (`unseen_*.py`: published examples of
-Flax, Equinox and Optax, as they are and broken in stated ways). Exit status 1 where a goal is missed on the unseen half.
+Thresholds were chosen while looking at the half `set`: the cases of `planted.py` and `healthy.py` whose name has an
+even CRC-32. The half `unseen` is the others and all networks of an independent author (`unseen_*.py`: published
+examples of Flax, Equinox and Optax, as they are and broken in stated ways). Exit status 1 where the unseen half misses
+a goal.
 """
 
 import argparse
