@@ -308,6 +308,19 @@ def test_names_in_a_shard_map_are_refused(weights):
 # ---- composition, dtypes, arguments
 
 
+def test_axes_that_a_vmap_maps_come_first(weights):
+    w, x = jnp.ones((4, 3)), weights[1]
+    loss = lambda w, x: jnp.sum(jnp.sin(jax.vmap(lambda x: tap(w @ x, "h"))(x)))  # of its own accord vmap gives (4, 5)
+    found = probe(loss, w, x)
+    assert error(found.values["h"], x @ w.T) < 1e-6
+    assert error(found.cotangents["h"], jnp.cos(x @ w.T)) < 1e-6
+    twice = lambda w, x: jnp.sum(jax.vmap(lambda y: jax.vmap(lambda x: tap(w @ x, "h"))(y))(jnp.stack([x, 2 * x])))
+    assert error(probe(twice, w, x).values["h"], jnp.stack([x @ w.T, 2 * x @ w.T])) < 1e-6
+    plain = jax.make_jaxpr(loss)(w, x)  # without a probe nothing is moved for the name's sake
+    names = [eqn for eqn in plain.jaxpr.eqns if eqn.primitive.name == "gradjax_name"]
+    assert [eqn.outvars[0].aval.shape for eqn in names] == [(4, 5)]
+
+
 def test_a_probe_inside_jit_vmap_and_grad(weights, report):
     _, x = weights
     seeds = 0.7 * jax.random.normal(jax.random.key(5), (3, 4, 3, 3))

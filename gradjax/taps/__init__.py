@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from gradjax.taps import names
+from gradjax.taps import statistics as stats
 from gradjax.taps.interpret import Site, named_sites, run, watching
 from gradjax.taps.names import functional as functional
 from gradjax.taps.names import tap as tap
@@ -146,7 +147,9 @@ def _kind(shape: PyTree) -> str:
     return f"a {type(shape).__name__}"
 
 
-def probe(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False) -> Probe:
+def probe(
+    loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool = False, statistics: bool = False
+) -> Probe:
     """Loss, every named value and its cotangent, and the parameters' gradients, of any model in one evaluation.
 
     Module outputs of Linen, NNX and Equinox are named by themselves, other values by `gradjax.tap`. Works through jit,
@@ -158,6 +161,9 @@ def probe(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool
       loss_fn: (params, *args) -> loss of shape (), or (loss, aux) with `has_aux`.
       params: pytree of floating arrays, or an NNX or Equinox model (see `gradjax.functional`).
       args: arrays in any pytrees; what is no array (a bool, a string) is static.
+      statistics: reduce inside the program, for models whose activations are too large to return: values are then
+        `gradjax.taps.statistics.Summary` (log rms, largest, share of zeros, first entry that is not finite, histogram
+        over powers of two), cotangents `gradjax.taps.statistics.Cotangent`; a cotangent is never stored whole.
 
     Returns:
       `Probe`. A name that comes again because a module is called again is numbered: `Dense_0`, `Dense_0#1`.
@@ -172,8 +178,15 @@ def probe(loss_fn: Callable[..., Any], params: PyTree, *args: Any, has_aux: bool
     ([1.0, 3.0], [2.0, 6.0], [2.0, 18.0])
     """
     traced = trace(loss_fn, params, args, has_aux)
-    watch = watching({site.path for site in traced.sites}, lambda path, value, sink: value + sink)
-    zeros = {s.path: jnp.zeros((*s.lead, *s.shape), s.dtype) for s in traced.sites if not s.values_only}
+    paths, sites = {site.path for site in traced.sites}, [s for s in traced.sites if not s.values_only]
+    if statistics:
+        attach = lambda path, value, sink: stats.observed(value, sink)
+        watch = watching(paths, attach, lambda path, value: stats.summary(jax.lax.stop_gradient(value)))
+        rows = lambda lead: jax.tree.map(lambda x: jnp.broadcast_to(x, lead), stats.blank())
+        zeros: dict = {s.path: rows(s.lead) for s in sites}
+    else:
+        watch = watching(paths, lambda path, value, sink: value + sink)
+        zeros = {s.path: jnp.zeros((*s.lead, *s.shape), s.dtype) for s in sites}
 
     def evaluate(leaves, zeros):
         out, seen = run(traced.jaxpr, [*leaves, *traced.leaves[traced.num_params :]], watch, zeros)

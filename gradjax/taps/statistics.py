@@ -34,14 +34,14 @@ class Spread(NamedTuple):
     units: Array  # variance over the last axis
 
 
-def widened(x: Array) -> Array:
-    """float32, or float64 as it is."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
 def scaled(x: Array) -> tuple[Array, Array]:
-    """(x * 2^-e, e) with the largest finite magnitude in [1, 2); float32."""
-    x = widened(x).astype(jnp.float32)
+    """(x * 2^-e, e) with the largest finite magnitude in [1, 2); float32, of a complex array the magnitudes."""
+    x = jnp.abs(x) if jnp.iscomplexobj(x) else x
+    if x.dtype == jnp.float64:
+        top = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), initial=0.0)
+        exponent = jnp.clip(jnp.floor(jnp.log2(jnp.maximum(top, 1e-300))), -1000, 1000)
+        return (x * jnp.exp2(-exponent)).astype(jnp.float32), exponent.astype(jnp.int32)
+    x = x.astype(jnp.float32)
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     top = jnp.max(jnp.where(bits < 0x7F800000, bits, 0), initial=0)
     exponent = jnp.clip(top >> 23, 1, 253)
@@ -84,7 +84,7 @@ def dead(x: Array) -> Array:
 
 def flat(x: Array, kind: str) -> Array:
     """Share of entries of an activation function's output where its slope is below FLAT of the steepest."""
-    y = widened(x).astype(jnp.float32)
+    y = x.astype(jnp.float32)
     slope = {"tanh": lambda: 1 - y * y, "logistic": lambda: 4 * y * (1 - y), "erf": lambda: 1 - jnp.abs(y)}
     if kind == "hard_tanh":
         return jnp.mean((y <= jnp.min(y)) | (y >= jnp.max(y)))
@@ -101,7 +101,7 @@ class Logits(NamedTuple):
 
 def logits(x: Array) -> Logits:
     """`Logits` of (..., keys)."""
-    y = widened(x).astype(jnp.float32)
+    y = x.astype(jnp.float32)
     real = y > MASKED
     count = jnp.sum(real, axis=-1, dtype=jnp.float32)
     at_least = jnp.maximum(count, 1.0)
@@ -114,9 +114,25 @@ def logits(x: Array) -> Logits:
 
 def histogram(x: Array) -> Array:
     """Share of entries in BINS bins of 8 powers of two: |x| in [2^(8 i - 128), 2^(8 i - 120)), zeros in the first."""
-    bits = lax.bitcast_convert_type(jnp.abs(widened(x).astype(jnp.float32)), jnp.int32)
+    bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     which = jnp.clip((bits >> 23) + 1, 0, 255) >> 3
-    return jnp.mean(which.reshape(-1)[:, None] == jnp.arange(BINS), axis=0, dtype=jnp.float32)
+    return jnp.mean(which.reshape(-1)[:, None] == jnp.arange(BINS)[None, :], axis=0, dtype=jnp.float32)
+
+
+class Summary(NamedTuple):
+    """`Statistics` of a value with its histogram."""
+
+    log_rms: Array
+    log_max: Array
+    bad: Array
+    first_bad: Array
+    zeros: Array
+    histogram: Array  # (..., BINS)
+
+
+def summary(x: Array) -> Summary:
+    """`Summary` of an array."""
+    return Summary(*statistics(x), histogram(x))
 
 
 @jax.custom_vjp
@@ -157,7 +173,8 @@ def rescaled(value: Array, sink: Any) -> Array:
 
 def _pass_on(_, g: Array) -> tuple[Array, Cotangent]:
     y, e = scaled(g)
-    return y.astype(g.dtype), cotangent(g, e.astype(jnp.float32))
+    passed = g * jnp.exp2(-e.astype(jnp.float32)) if jnp.iscomplexobj(g) else y
+    return passed.astype(g.dtype), cotangent(g, e.astype(jnp.float32))
 
 
 rescaled.defvjp(lambda value, sink: (value, None), _pass_on)
