@@ -119,11 +119,22 @@ def symmetric_units(e: Evidence) -> list[Finding]:
         if layer.site.shape[-1:] in ((), (1,)) or not layer.weighs:
             continue
         zero = e.log_activation[i] == -np.inf and not layer.skip and weight_scale(e, layer) == 0.0
-        if zero or e.units[i] < 1e-9:
+        if zero or (e.units[i] < 1e-9 and _weights_alike(e, layer)):  # a large common bias hides the differences
             evidence = {"units_variance_share": float(e.units[i])}
             source = "variance over units below 1e-9 of the mean square: rounding alone; equal units stay equal"
             return [Finding("symmetric_units", layer_place(e, i), "identical_init", evidence, 1e-9, source)]
     return []
+
+
+def _weights_alike(e: Evidence, layer: Any) -> bool:
+    """Whether every kernel of a layer has the same weights for all of its outputs."""
+    kernels = [leaf for leaves, _, _ in layer.kernels for leaf in leaves]
+    for leaf in kernels:
+        stacked = layer.row is not None and np.ndim(e.leaf_log_rms[leaf]) > 0
+        w = np.asarray(e.params[leaf][layer.row] if stacked else e.params[leaf], np.float64)
+        if w.ndim > 1 and min(np.mean(np.var(w, axis=axis)) for axis in (0, -1)) > 1e-9 * np.mean(w**2):
+            return False
+    return True
 
 
 def rank_collapse(e: Evidence) -> list[Finding]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import gradjax
 from gradjax import transforms
 from gradjax.initializers import gaussian, orthogonal
 from pathologies import nets_equinox as eqx_
@@ -314,7 +315,8 @@ def _linear(seed: int, depth: int) -> Problem:
     """Least squares."""
     x = jax.random.normal(jax.random.key(seed), (64, 32))
     y = x @ jax.random.normal(jax.random.key(seed + 1), (32,)) / 32**0.5
-    return Problem(lambda w, x, y: 0.5 * ((x @ w["w"] - y) ** 2).mean(), {"w": jnp.zeros(32)}, (x, y))
+    loss_fn = lambda w, x, y: 0.5 * ((gradjax.tap(x @ w["w"], "prediction") - y) ** 2).mean()
+    return Problem(loss_fn, {"w": jnp.zeros(32)}, (x, y))
 
 
 def _spikes(seed: int, depth: int, factor: float, base: Callable = linen.mlp) -> Problem:
