@@ -35,6 +35,7 @@ class Evidence:
     """Of one network; NumPy, natural logarithms. Arrays over layers run along the chain, read-out included."""
 
     loss: float
+    half: bool  # the loss or a layer is in float16, whose largest number is 65504
     aux: Any
     structure: Structure
     layers: list[Layer]
@@ -219,7 +220,7 @@ class Examination:
 
     def _input_gradient(self, leaves: list, which: tuple[int, ...]) -> tuple[list, list]:
         """dL/dx of the inputs, and the values of the first two layers."""
-        first = [layer.site.path for layer in self.structure.layers[:2] if layer.row is None]
+        first = [x.site.path for x in self.structure.layers[:2] if x.row is None and x.site.shape]
         watch = watching(first, lambda path, value, sink: value)
 
         def of(inputs):
@@ -329,6 +330,7 @@ class Examination:
             recurrences.append((r, state[::-1], back[::-1]) if r.reverse else (r, state, back))
         return Evidence(
             loss=float(seen.out[0]),
+            half=any(x == jnp.float16 for x in (seen.out[0].dtype, *(s.site.dtype for s in structure.layers))),
             aux=out[1] if self.has_aux else None,
             structure=structure,
             layers=structure.layers,

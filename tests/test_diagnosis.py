@@ -34,7 +34,7 @@ def planted(growth, width=128, activation=None, **layer):
     ]  # fmt: skip
     value = Statistics(*map(np.float32, (0.0, 0.0, 0.0, -1.0, 0.0)))
     return Evidence(
-        loss=1.0, aux=None, structure=Structure(layers, [], [], []), layers=layers,
+        loss=1.0, half=False, aux=None, structure=Structure(layers, [], [], []), layers=layers,
         log_activation=np.zeros(depth) if activation is None else np.asarray(activation, float),
         log_cotangent=cotangent, log_gradient=cotangent, size=np.full(depth, 8.0 * width),
         examples=np.ones(depth), tokens=np.full(depth, np.nan), units=np.ones(depth),

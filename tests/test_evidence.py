@@ -72,7 +72,7 @@ def test_a_probe_reduces_inside_the_program():
     [("tanh", 1.3, 20, 1.0), ("tanh", 0.5, 300, 1.0), ("linear", 2.0, 160, 1e-30)],
 )
 def test_evidence_agrees_with_signals_beyond_the_range_of_float32(activation, sigma_w, depth, size):
-    """Gradients of e^-200 and e^+110 at the first layer; linear, for a tanh that explodes is chaotic in its rounding."""
+    """Gradients of e^-200 and e^+110 at the first layer; linear, for an exploding tanh is chaotic in its rounding."""
     settings = {"model.depth": depth, "model.width": 32, "model.sigma_w": sigma_w, "model.activation": activation}
     settings |= {"model.sigma_b": 0.0} if activation == "linear" else {}
     model = MLP.from_config(config.replace(config.Experiment(), settings).model, 10)

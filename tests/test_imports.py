@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "results": {"config"},
     "alarm": set(),
     "monitor": {"alarm", "transforms", "results"},
-    "diagnosis": {"evidence", "rules", "results", "matrix_free", "taps", "transforms", "plots"},
+    "diagnosis": {"evidence", "rules", "results", "matrix_free", "scale", "taps", "transforms", "plots"},
     "measure": {"config", "models", "tasks", "step", "spectrum", "theory", "evidence", "diagnosis"},
     "ablation": {"config", "grid", "training", "transforms", "checkpoint", "results", "monitor", "tasks", "scale"},
     "coordinate": {"taps", "scale", "results"},

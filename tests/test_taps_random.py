@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from test_taps import error, mean_square, plainly, rows_of, x64
+from test_taps import mean_square, plainly, rows_of, x64
 
 from gradjax import probe, tap
 
@@ -79,6 +79,13 @@ def written_out(at, program, params, h, row=0, rows=()):
     return h
 
 
+def error(a, b):
+    """Largest difference as a share of the largest entry, or of 0.01: norms in a row cancel a cotangent to nothing."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    return np.abs(a - b).max() / max(np.abs(b).max(), 0.01)
+
+
 def check_random_program(program, vmapped):
     with x64():  # so that cancellation in the program itself is far below the tolerance
         program = [*numbered(program, iter(range(MAX - 1))), ("tanh", MAX - 1, True)]
@@ -112,7 +119,7 @@ def test_random_programs(program, vmapped):
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(operations(), st.booleans())
 def test_many_random_programs(program, vmapped):
     check_random_program(program, vmapped)

@@ -7,6 +7,7 @@ import numpy as np
 
 from gradjax.evidence import Evidence
 from gradjax.rules.finding import (
+    GROWTH_NATS,
     SOURCE,
     Finding,
     depth_growth,
@@ -102,11 +103,17 @@ def _why_vanishing_in_time(e: Evidence, recurrence: Any) -> str:
 def activation_growth(e: Evidence) -> list[Finding]:
     """Growth of the forward pass: along skips without normalisation, or through the layers themselves."""
     a = e.log_activation[hidden(e)]
-    if len(a) < 3 or not np.isfinite(a[0]) or np.isnan(a).any() or np.isposinf(a).any():
+    if len(a) < 2 or not np.isfinite(a[0]) or np.isnan(a).any() or np.isposinf(a).any():
         return []
     layers = e.layers[1 : e.hidden]
+    if a.max() < -GROWTH_NATS:  # small from the first layer on
+        source = "rms below e^-6 of a unit in every layer: biases and rounding outweigh the signal"
+        cause = "input_scale" if max(e.arg_log_rms, default=0.0) < -GROWTH_NATS else "weights_too_small"
+        evidence = {"log_activation_rms_largest": float(a.max())}
+        return [Finding("vanishing_activations", layer_place(e, 0), cause, evidence, -GROWTH_NATS, source)]
     found = growth(a[::-1], e.size[hidden(e)][::-1], fans(e))
-    if not found.sick:
+    ends_apart = a[-1] > 0 if found.nats > 0 else a[-1] < -0.5 * GROWTH_NATS  # not merely back to a usual size
+    if not found.sick or not ends_apart:
         return []
     rises = np.nan_to_num(np.sign(found.nats) * np.diff(a), nan=0.0, posinf=np.inf, neginf=0.0)
     first, _ = guilty_run(rises)

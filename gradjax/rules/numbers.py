@@ -25,7 +25,8 @@ def non_finite(e: Evidence) -> list[Finding]:
             return _first_bad(e, name, row, before)
         before = row_of(seen.log_max, row)
     if not math.isfinite(e.loss):
-        return make(where("layer", len(e.layers), "loss"), "invalid_operation", last_value=e.order[-1][0])
+        cause = "float_range" if e.half else "invalid_operation"
+        return make(where("layer", len(e.layers), "loss"), cause, last_value=e.order[-1][0])
     bad = [i for i, c in enumerate(e.log_cotangent) if np.isnan(c) or c == np.inf]
     if bad:
         return make(layer_place(e, bad[-1]), "invalid_operation", backward=True)
@@ -60,7 +61,9 @@ def backward_overflow(e: Evidence) -> list[Finding]:
         return []
     place = layer_place(e, bad[-1]) if bad else where("leaf", gradients[0], e.leaf_names[gradients[0]])
     source = "a cotangent or gradient that is inf or NaN where every value is finite"
-    return [Finding("non_finite", place, "float_range", {"loss": e.loss, "backward": True}, math.inf, source)]
+    known = e.log_cotangent[np.isfinite(e.log_cotangent)]
+    cause = "float_range" if e.half or (known.size and known.max() > 60) else "invalid_operation"
+    return [Finding("non_finite", place, cause, {"loss": e.loss, "backward": True}, math.inf, source)]
 
 
 def untrained_layer(e: Evidence) -> list[Finding]:

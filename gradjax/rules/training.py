@@ -16,6 +16,10 @@ class Dynamics:
     losses: np.ndarray  # (steps,) in order
     telemetry: dict[str, np.ndarray]  # of the optimiser after the last step
     opt_bad: tuple[str, ...] = ()  # leaves of the optimiser's state that hold inf or NaN
+    largest_update: float | None = None  # of any entry in any of the steps
+    log_norms: np.ndarray | None = None  # (steps,) of the gradients
+    max_norms: tuple[float, ...] = ()  # thresholds of Optax's clip_by_global_norm in the optimiser
+    half: bool = False  # parameters in float16
     sharpness: float | None = None
     learning_rate: float | None = None
     from_history: bool = False
@@ -23,6 +27,12 @@ class Dynamics:
 
 def frozen_optimizer(d: Dynamics) -> list[Finding]:
     """An optimiser state that overflowed: its entries never move again."""
+    moves = d.largest_update is None or d.largest_update > 1e-12 or not np.isfinite(d.losses).all()
+    if not d.opt_bad and not moves and d.log_norms is not None and d.log_norms.max() > -np.inf:
+        evidence = {"largest_update": d.largest_update, "steps": len(d.losses) - 1}
+        source = "no entry of an update above 1e-12 in any step, though the gradient is not zero"
+        place = where("leaf", 0, "every parameter")
+        return [Finding("frozen_optimizer", place, "optimizer_state", evidence, 1e-12, source)]
     if not d.opt_bad:
         return []
     evidence = {"leaves": list(d.opt_bad)}
@@ -52,6 +62,10 @@ def unstable_step_size(d: Dynamics) -> list[Finding]:
         first, last = float(d.losses[0]), float(d.losses[-1])
         highest = float(np.max(d.losses))  # NaN where one is
         grown = not math.isfinite(highest) or last > 2 * abs(first) + 1e-3 or highest > 10 * abs(first) + 1e-3
+        if d.half and not math.isfinite(highest):
+            source = "a loss that becomes inf or NaN in training with float16, whose smallest number is 6e-8"
+            place = where("step", int(np.argmax(~np.isfinite(d.losses))), "loss")
+            return [Finding("non_finite", place, "float_range", evidence, math.inf, source)]
         if math.isfinite(first) and grown:
             source = (
                 f"the loss of one batch more than doubles in {len(d.losses) - 1} steps on it, or rises tenfold within"
@@ -89,6 +103,12 @@ def loss_spikes(d: Dynamics) -> list[Finding]:
 def clipping(d: Dynamics) -> list[Finding]:
     """A threshold that clips every step, or none."""
     out = []
+    if d.log_norms is not None and len(d.log_norms) >= 10 and np.isfinite(d.log_norms).all():
+        for limit in d.max_norms:
+            share = float(np.mean(d.log_norms > math.log(max(limit, 1e-300))))
+            evidence = {"clip_fraction": share, "steps": len(d.log_norms), "max_norm": limit}
+            evidence |= {"log2_norm": float(np.median(d.log_norms)) / math.log(2)}
+            out += _clipped("clip_by_global_norm", share, evidence)
     for key, value in d.telemetry.items():
         if not key.endswith("/clip_fraction") or np.ndim(value) > 0:
             continue
@@ -100,11 +120,16 @@ def clipping(d: Dynamics) -> list[Finding]:
             continue
         evidence = {"clip_fraction": float(value), "steps": count}
         evidence |= {"log2_norm": float(np.max(d.telemetry[f"{rule}/log2_norm"]))}
-        place, share = where("rule", 0, rule), float(value)
-        if share >= 0.99:
-            source = "every step clipped: the threshold sets the step, not the gradient"
-            out.append(Finding("clipping_always", place, "clipping_threshold", evidence, 0.99, source))
-        elif share == 0.0:
-            source = "no step clipped: the threshold does nothing"
-            out.append(Finding("clipping_never", place, "clipping_threshold", evidence, 0.0, source))
+        out += _clipped(rule, float(value), evidence)
     return out
+
+
+def _clipped(rule: str, share: float, evidence: dict[str, Any]) -> list[Finding]:
+    place = where("rule", 0, rule)
+    if share >= 0.99:
+        source = "every step clipped: the threshold sets the step, not the gradient"
+        return [Finding("clipping_always", place, "clipping_threshold", evidence, 0.99, source)]
+    if share == 0.0:
+        source = "no step clipped: the threshold does nothing"
+        return [Finding("clipping_never", place, "clipping_threshold", evidence, 0.0, source)]
+    return []

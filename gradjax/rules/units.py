@@ -82,6 +82,8 @@ def saturated_units(e: Evidence) -> list[Finding]:
         kind = activation.site.kind
         if kind not in ("tanh", "logistic", "erf", "hard_tanh") or not activation.on_chain or activation.gates:
             continue
+        if not activation.site.lead and e.layers and activation.site.path > e.layers[-1].site.path:
+            continue  # of the output, which is certain where it is flat
         share = _rows(seen)
         bad = np.flatnonzero(share > SATURATED_SHARE)
         if bad.size:
@@ -90,12 +92,34 @@ def saturated_units(e: Evidence) -> list[Finding]:
             evidence = {"saturated_share": float(share[bad[0]]), "activation": kind}
             cause = _why_saturated(e, place["index"])
             return [Finding("saturated_units", place, cause, evidence, SATURATED_SHARE, source)]
+    return _saturated_gates(e)
+
+
+GATES_SHARE = 0.9
+
+
+def _saturated_gates(e: Evidence) -> list[Finding]:
+    """A recurrence whose gates and candidates are all flat: one alone may be open or shut for good reason."""
+    for recurrence, _, _ in e.recurrences:
+        scan = recurrence.sites[0].path[:-1]
+        inside = [
+            np.median(_rows(seen)) for a, seen in e.activations
+            if a.gates and a.site.kind in ("tanh", "logistic") and a.site.path[: len(scan)] == scan
+        ]  # fmt: skip
+        shares = sorted(inside, reverse=True)[: max(3, len(inside) - 1)]  # tanh of an LSTM's cell gates the output only
+        if len(shares) > 2 and min(shares) > GATES_SHARE:
+            large = max([*e.arg_log_rms, float(e.log_activation[0]) if e.layers else 0.0]) > math.log(3.0)
+            source = "nine tenths of every gate and candidate of a recurrence in their flat part at every step"
+            evidence = {"saturated_share": float(min(shares)), "activation": "gates"}
+            place = where("step", 0, recurrence.name)
+            cause = "input_scale" if large else "weights_too_large"
+            return [Finding("saturated_units", place, cause, evidence, GATES_SHARE, source)]
     return []
 
 
 def _why_saturated(e: Evidence, index: int) -> str:
     if index < 0:
-        return "weights_too_large"
+        return "input_scale" if max(e.arg_log_rms, default=0.0) > math.log(3.0) else "weights_too_large"
     layer = e.layers[index]
     weights = weight_scale(e, layer)
     into = e.log_activation[index - 1] if index else max(e.arg_log_rms, default=0.0)
@@ -144,6 +168,8 @@ def rank_collapse(e: Evidence) -> list[Finding]:
     law = min(1e-3, 0.05 * 4.5 * math.pi**2 / max(e.hidden, 1) ** 2)
     for of, share, threshold in (("tokens", e.tokens, 1e-3), ("examples", e.examples, law)):
         d = share[hidden(e)]
+        if of == "examples" and not np.isnan(e.tokens[hidden(e)]).all():
+            continue  # positions tell the examples of a sequence apart
         if len(d) < 2 or np.isnan(d).any() or d[0] < 1e-2 or not (d < threshold).any():
             continue
         falls = -np.diff(np.log(np.maximum(d, 1e-15)))

@@ -401,8 +401,9 @@ def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple
                 layers += [_row(layer, r) for r in each for layer in rows]
                 before = u
                 continue
-        if site is None and _is_join(node) and _is_float(node.eqn.outvars[0]):
-            aval = node.eqn.outvars[0].aval
+        aval = node.eqn.outvars[0].aval
+        reduces = bool(layers) and len(aval.shape) < len(layers[-1].site.shape)  # a sum in the loss, not in the network
+        if site is None and _is_join(node) and _is_float(node.eqn.outvars[0]) and not reduces:
             last_name = _nearest(frame, u, names)
             site = Site(
                 node.path, f"{last_name}+skip" if last_name else "skip", "skip", "", aval.shape, aval.dtype, lead
@@ -570,4 +571,5 @@ def _recurrence(node: Node, lead: tuple[int, ...], names: dict[Path, Site]) -> l
         Site((*node.path, -1 - k), f"{name}.carry", "carry", "", aval.shape, aval.dtype, lead)
         for k, aval in zip(carried, avals, strict=True)
     )
-    return [Recurrence(sites, name, lead[0], node.eqn.params["reverse"], node.fan_in, node.body.used)]  # type: ignore[union-attr]
+    width = max((aval.shape[-1] for aval in avals if aval.shape), default=1)
+    return [Recurrence(sites, name, lead[0], node.eqn.params["reverse"], width, node.body.used)]  # type: ignore[union-attr]
