@@ -82,8 +82,8 @@ def saturated_units(e: Evidence) -> list[Finding]:
         kind = activation.site.kind
         if kind not in ("tanh", "logistic", "erf", "hard_tanh") or not activation.on_chain or activation.gates:
             continue
-        if not activation.site.lead and e.layers and activation.site.path > e.layers[-1].site.path:
-            continue  # of the output, which is certain where it is flat
+        if _of_output(e, activation):
+            continue  # certain where it is flat
         share = _rows(seen)
         bad = np.flatnonzero(share > SATURATED_SHARE)
         if bad.size:
@@ -93,6 +93,15 @@ def saturated_units(e: Evidence) -> list[Finding]:
             cause = _why_saturated(e, place["index"])
             return [Finding("saturated_units", place, cause, evidence, SATURATED_SHARE, source)]
     return _saturated_gates(e)
+
+
+def _of_output(e: Evidence, activation: Any) -> bool:
+    """Whether an activation function makes the model's output: behind the read-out."""
+    if activation.site.lead or not e.layers:
+        return False
+    last = len(e.layers) - 1
+    behind = activation.site.path > e.layers[last].site.path or _index_of(e, activation, None) == last
+    return behind and (last == 0 or e.hidden == last)
 
 
 GATES_SHARE = 0.9
