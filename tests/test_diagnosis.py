@@ -123,7 +123,11 @@ def test_nothing_broken_is_healthy():
     assert found(replace(evidence, arg_bad=["[0]"]))[0].cause == "bad_data"
     assert found(replace(evidence, leaf_bad=[True], leaf_names=["['w']"]))[0].cause == "bad_parameter"
     overflow = Cotangent(*map(np.float32, (np.inf, 1.0, 0.0, 0.0)))
-    assert found(replace(evidence, cotangents={"hidden_2": overflow}))[0].cause == "float_range"
+    backward = replace(evidence, cotangents={"hidden_2": overflow})
+    assert [found(replace(backward, half=half))[0].cause for half in (True, False)] == [
+        "float_range",
+        "invalid_operation",
+    ]
 
 
 def test_a_finding_of_half_of_the_seeds_stays_and_a_broken_seed_always():

@@ -4,12 +4,20 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
 
 import gradjax
 from gradjax.plots import verdict_figure
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """pyplot keeps every figure until it is told not to."""
+    yield
+    plt.close("all")
 
 
 def measured(depth, seeds=3, seq_len=0):

@@ -121,13 +121,13 @@ def test_no_theory_is_a_note_and_nulls():
     """As for the networks with LayerNorm and BatchNorm of test_diagnosis."""
     ds = measured("demo")
     ds = ds.drop_vars([name for name in ds if str(name).startswith("theory_")]).assign_attrs(theory="none")
-    record = json.loads(diagnosis.judge(ds).to_json())["theory"]
+    record = json.loads(diagnosis.judge([], ds).to_json())["theory"]
     assert record["note"] == "none" and record["standard_errors"] is None
     assert record["layers"][0] == {"name": "hidden_1", "log_cotangent_rms": None, "standard_errors": None}
 
 
 def test_the_json_of_theory():
-    record = json.loads(diagnosis.judge(measured("demo")).to_json())["theory"]
+    record = json.loads(diagnosis.judge([], measured("demo")).to_json())["theory"]
     assert set(record) == {
         "note", "growth_nats_per_layer", "measured_nats_per_layer", "standard_error", "standard_errors", "layers",
     }  # fmt: skip

@@ -116,6 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", choices=("set", "unseen", "all"), default="all")
     parser.add_argument("--only", default="", help="a regular expression on framework, architecture and name")
+    parser.add_argument("--every", type=int, default=1, help="every n-th of the cases chosen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
@@ -124,6 +125,7 @@ def main() -> int:
     chosen = [
         i for i, (half, case) in enumerate(suite()) if args.half in (half, "all") and re.search(args.only, label(case))
     ]
+    chosen = chosen[:: args.every]
     started, rows = time.monotonic(), []
     context = get_context("spawn")
     with context.Pool(args.jobs, maxtasksperchild=24) as pool:  # new processes now and then: compiled programs add up
