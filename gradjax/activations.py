@@ -11,7 +11,7 @@ Cost: 96 evaluations per moment without kinks.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,6 @@ SLOPES: dict[str, tuple[float, float]] = {"linear": (1.0, 1.0), "relu": (0.0, 1.
 PAIR_NODES: dict[str, tuple[int, int]] = {"gelu": (48, 36), "erf": (48, 44)}
 
 REACH = 8.0  # the line ends at |z| = 8, where x^4 leaves 1e-11 of its moment behind
-_TINY = 1e-30  # keeps sqrt(q) differentiable at q = 0, far below the rounding of every q that is not 0
 
 
 class Activation(NamedTuple):
@@ -110,9 +109,14 @@ def arms(cuts: Array, scale: Array, low: float, high: float, nodes: int) -> tupl
     return z.ravel(), w.ravel()
 
 
+def smallest(dtype: Any) -> float:
+    """What keeps a ratio to q = 0, or the slope of sqrt(q), finite: far below the rounding of every other q."""
+    return float(jnp.finfo(dtype).tiny) ** 0.8
+
+
 def root(q: Array) -> Array:
     """sqrt(q) with a finite derivative at 0."""
-    return jnp.sqrt(q + jnp.asarray(_TINY, q.dtype))
+    return jnp.sqrt(q + jnp.asarray(smallest(q.dtype), q.dtype))
 
 
 def density(z: Array) -> Array:

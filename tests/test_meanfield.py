@@ -263,6 +263,14 @@ def test_every_activation_has_its_point(name):
     assert own == pytest.approx(float(q), rel=1e-11)
 
 
+def test_tiny_lengths_are_as_exact_as_others():
+    """q* = 2 sigma_b^2 and c* = 2/3 for tanh's linear part at sigma_w = dropout = 1/2, however small the bias."""
+    for sigma_b in (1e-6, 1e-12, 1e-30):
+        numbers = {"sigma_w": 0.5, "sigma_b": sigma_b, "dropout": 0.5}
+        assert meanfield.q_star(**numbers) == pytest.approx(2 * sigma_b**2, rel=1e-11)
+        assert meanfield.c_star(**numbers) == pytest.approx(2 / 3, rel=1e-10)
+
+
 def test_near_critical_points_are_found():
     """1 - c* falls linearly with the distance from the critical line, down to 1e-9 of it, and nothing is NaN."""
     critical = float(meanfield.critical_sigma_w(SIGMA_B))

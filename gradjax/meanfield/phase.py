@@ -17,6 +17,7 @@ from gradjax.activations import (
     second_moment,
     slope_moment,
     slope_pair,
+    smallest,
 )
 from gradjax.meanfield.roots import LARGEST, LENGTHS, Name, Number, elementwise, evaluate, limit, root_between
 
@@ -254,7 +255,7 @@ def _critical(act, layernorm, sigma_b, dropout):
         return jnp.sqrt(keep * b2 / (slope_moment(act, one) - second_moment(act, one)))
     if act.slopes:
         return jnp.sqrt(keep / slope_moment(act, one))
-    tiny, eps = 1e-30, float(jnp.finfo(b2.dtype).eps)
+    tiny, eps = smallest(b2.dtype), float(jnp.finfo(b2.dtype).eps)
     ratio = lambda q: second_moment(act, q) / (slope_moment(act, q) * (q + tiny))
     grid = jnp.asarray(LENGTHS[1:], b2.dtype)
     excess = jax.vmap(ratio)(grid) - 1.0 + b2 / grid

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from gradjax.activations import Phi, resolve
+from gradjax.activations import Phi, resolve, smallest
 
 Number = float | Array | np.ndarray | Sequence[float]
 Name = str | Phi
@@ -123,10 +123,10 @@ def limit(length: Callable[[Array], Array], q0: Array) -> Array:
     outside = jnp.where(up, grid[back] <= q0, grid[back] >= q0)
     near, excess_near = jnp.where(outside, q0, grid[back]), jnp.where(outside, start, excess[back])
     stays = jnp.abs(start) <= 8 * jnp.finfo(q0.dtype).eps * q0
-    zero = (other == 0) & (excess_other == 0)
     exists = jnp.where(up, jnp.any(above), jnp.any(below))
+    zero = exists & (other == 0) & (excess_other == 0)
     regular = exists & ~zero & ~stays
-    tiny = jnp.asarray(1e-30, q0.dtype)
+    tiny = jnp.asarray(smallest(q0.dtype), q0.dtype)
     safe = lambda x, instead: jnp.where(regular, x, instead)
 
     def f(q):
