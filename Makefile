@@ -60,7 +60,7 @@ test: setup  ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow' -n 2
 
 test-slow: setup  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 lint: setup  ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
