@@ -17,13 +17,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import jax.numpy as jnp
 
-from gradjax import config
-from gradjax.models import MODELS
+from gradjax import config, models
 
 
 def program(depth: int, remat: bool):
     """The compiled gradient, its arguments, and the seconds that tracing and compiling took."""
-    model = MODELS["mlp"](config.Model(depth=depth, width=128, remat=remat), 10)
+    model = models.build(config.Model(depth=depth, width=128, remat=remat), 10)
     x = jax.random.normal(jax.random.key(0), (64, 128))
     params = jax.jit(lambda key: model.init(key, x))(jax.random.key(1))
     gradient = jax.jit(jax.grad(lambda params, x: jnp.mean(jax.nn.logsumexp(model.apply(params, x), -1))))

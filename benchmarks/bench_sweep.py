@@ -59,10 +59,10 @@ def ours(network: str, seeds: int, steps: int, splits: Splits):
 
 def jax_one_by_one(network: str, seeds: int, steps: int, splits: Splits):
     """A plain Optax loop as a user writes it: one seed, one jitted step, one batch from the host at a time."""
-    from gradjax.models import MODELS
+    from gradjax import models
 
     base = experiment(network, seeds, steps)
-    model, tx = MODELS["mlp"](base.model, 10), optax.adam(1e-3)
+    model, tx = models.build(base.model, 10), optax.adam(1e-3)
     params = model.init(jax.random.key(0), splits.train.x[:2])
     x, y = np.asarray(splits.train.x), np.asarray(splits.train.y)
 

@@ -121,7 +121,7 @@ def free_memory() -> int:
 class Program(NamedTuple):
     """The compiled functions of one static setting on one device, for arrays with a leading axis of lanes."""
 
-    start: Callable  # (keys, hparams) -> State
+    start: Callable  # (keys, hparams, data) -> State
     chunk: Callable  # (State, hparams, data) -> (State, Record)
     tail: Callable  # the last chunk, which may be shorter
     test: Callable  # (State, hparams, data) -> Scores
@@ -140,7 +140,7 @@ def _program(problem: Problem, names: list[str], data: Splits, lanes: int, devic
         problem = dataclasses.replace(problem, batch_sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
 
     def compiled(f: Callable, *args: PyTree, donate: tuple[int, ...] = ()) -> Any:
-        vmapped = jax.vmap(f, in_axes=(0, 0, None)[: len(args)])
+        vmapped = jax.vmap(f, in_axes=(0, 0, None))
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
         return jax.jit(vmapped, donate_argnums=donate, out_shardings=where).lower(*described).compile()
 
@@ -152,7 +152,7 @@ def _program(problem: Problem, names: list[str], data: Splits, lanes: int, devic
     data = place(data)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), lanes))
     hparams = {name: jax.ShapeDtypeStruct((lanes,), jnp.float32) for name in names}
-    start = compiled(lambda k, h: training.init(k, h, problem), keys, hparams)
+    start = compiled(lambda k, h, d: training.init(k, h, d, problem), keys, hparams, data)
     state = start.out_info
     whole, last = min(train.eval_every, train.num_steps), train.num_steps % train.eval_every
     run = chunk(whole)
@@ -291,7 +291,7 @@ class _Cell:
         train, members, block = self.experiment.train, self.members_of(index), self.restored(index)
         hparams = program.place({name: values[members] for name, values in self.hparams.items()})
         if block.state is None:
-            state = program.start(program.place(self.keys[members]), hparams)
+            state = program.start(program.place(self.keys[members]), hparams, program.data)
         else:
             state = program.place(block.state)
         path, saved = self.path("checkpoints", index), time.monotonic()
@@ -342,13 +342,13 @@ def _agree(meta: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None
 
 def _dataset(state: State, scores: training.Scores, records: Record, experiment: Experiment) -> xr.Dataset:
     """What one block has measured, along `lane`."""
-    train, depth = experiment.train, experiment.model.depth
+    train = experiment.train
     steps, evaluations = records.loss.shape[1], records.validation.loss.shape[1]
     ends = np.minimum(train.eval_every * np.arange(1, evaluations + 1), train.num_steps)
     broken = {name: np.asarray(value) for name, value in training.divergence(state).items()}
     params = state.variables["params"]
     seen = records.signals
-    layer = [f"hidden_{i + 1}" for i in range(depth)]
+    layer = [f"hidden_{i + 1}" for i in range(seen.log_activation_rms.shape[-1] - 2)]
     reached = records.validation.score >= train.target
     lane, step, each = ("lane",), ("lane", "step"), ("lane", "evaluation")
     return xr.Dataset(

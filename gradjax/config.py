@@ -40,14 +40,16 @@ def _field(default: Any, **rule: Any) -> Any:
 # sigma_w^2 has to be a float32, hence the upper end of the scales.
 @dataclass(frozen=True)
 class Model:
-    """The network at initialisation."""
+    """The network at initialisation. A model takes the settings that it has; any other is refused."""
 
     name: str = _field("mlp", options="gradjax.models:MODELS")
-    """Architecture: mlp; an unknown name lists them."""
+    """Architecture; an unknown name lists them."""
     depth: int = _field(50, within="[1, 1000000]")
-    """Hidden layers. Our choice: past the depth scale of all but nearly critical networks."""
+    """Hidden layers (blocks of residual, dense and transformer networks, layers of recurrences on top of each other).
+    Our choice: past the depth scale of all but nearly critical networks."""
     width: int = _field(128, within="[1, 1000000]")
-    """Units per hidden layer. Our choice: mean field holds to about 1 / width, and a laptop can do it."""
+    """Units per hidden layer, channels of the first stage of a convolutional network. Our choice: mean field holds to
+    about 1 / width, and a laptop can do it."""
     activation: str = _field("tanh", options="gradjax.activations:ACTIVATIONS")
     """A name in gradjax.activations; an unknown one lists them. tanh: Schoenholz 2017."""
     sigma_w: float = _field(1.32701, within="[0, 1e18]")
@@ -55,15 +57,36 @@ class Model:
     sigma_b: float = _field(0.05**0.5, within="[0, 1e18]")
     """Var b = sigma_b^2. Default: sqrt(0.05) (Schoenholz 2017)."""
     weights: str = _field("gaussian", options="gradjax.initializers:WEIGHTS")
-    """Distribution of the weights: gaussian (Poole 2016), or orthogonal times sigma_w (Saxe 2013)."""
+    """Distribution of the weights, times sigma_w: gaussian (Poole 2016), orthogonal (Saxe 2013) ...; an unknown name
+    lists them."""
     residual: bool = False
     """h + residual_scale * f(h) instead of f(h) (He 2015)."""
     residual_scale: float = _field(1.0, within="[0, 1e18]")
     """Scale of the branch of a residual layer; 1 is He 2015, 0 the start of ReZero (Bachlechner 2020)."""
-    normalization: str = _field("none", options=("none", "layernorm", "batchnorm"))
-    """none, layernorm (Ba 2016) or batchnorm (Ioffe 2015), before the activation."""
+    residual_learned: bool = False
+    """Whether the scale is a parameter of each layer (ReZero, Bachlechner 2020; SkipInit, De & Smith 2020)."""
+    fixup: bool = False
+    """Fixup's start of residual branches, with its scalars and no normalisation (Zhang 2019)."""
+    bottleneck: int = _field(0, within="[0, 1000000]")
+    """Units inside each residual branch, a map down and one up again (He 2015); 0: one map per branch."""
+    highway: bool = False
+    """Layers gated by a learned transform gate (Srivastava 2015), its bias starting at -2."""
+    normalization: str = _field("none", options=("none", "batchnorm", "layernorm", "rmsnorm"))
+    """batchnorm (Ioffe 2015), layernorm (Ba 2016) or rmsnorm (Zhang 2019), before the activation; none."""
+    placement: str = _field("pre", options=("pre", "post", "deepnorm"))
+    """Norm of a transformer: pre (on the branch), post (after the sum, Vaswani 2017), or deepnorm (Wang 2022)."""
+    weight_standardization: bool = False
+    """Standardised incoming weights of each unit (Qiao 2019)."""
     dropout: float | None = _field(None, within="[0, 1)")
     """Rate of dropout after each hidden layer (Srivastava 2014); None: no dropout layer at all."""
+    dropout_on: str = _field("all", options=("all", "last"))
+    """Whether all hidden layers drop units, or the last alone."""
+    num_heads: int = _field(4, within="[1, 1000000]")
+    """Attention heads; they divide the width."""
+    forget_bias: float | None = _field(None, within="[-1e18, 1e18]")
+    """Start of the forget gate's bias (Jozefowicz 2015: 1), or of the gate in its place in other cells; None: 0."""
+    chrono: float | None = _field(None, within="[2, 1e18]")
+    """Longest time of chrono initialisation of the gates (Tallec & Ollivier 2018); None: without."""
     remat: bool = False
     """Gradients in O(sqrt(depth)) memory for about one more forward pass (Chen 2016)."""
 
@@ -82,6 +105,10 @@ class Task:
     """Share kept for the test, where the data have no test set of their own. Static like validation."""
     normalize: str = _field("standard", options="gradjax.tasks:NORMALIZE")
     """standard: mean 0, variance 1 over the training split (mean field's q_0 is 1); none: within [0, 1]."""
+    seq_len: int = _field(100, within="[1, 1000000]")
+    """Steps of the generated sequences, blanks of copy memory; unused by images."""
+    augment: str = _field("none", options="gradjax.tasks:AUGMENT")
+    """How the images of a training batch are varied: none, rotate, crop, flip; an unknown name lists them."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +167,12 @@ class Train:
     """Whether a seed rests once its validation score has reached the target."""
     max_loss: float = _field(1e30, within="[-1e38, 1e38]")
     """A seed whose loss is above it has diverged. Default: only inf, NaN and what is about to be."""
+    pretrain: str = _field("none", options="gradjax.pretraining:METHODS")
+    """Greedy training, layer by layer, before the labels are used: rbm (Hinton 2006), autoencoder (Vincent 2008)."""
+    pretrain_steps: int = _field(200, within="[1, 1000000000]")
+    """Steps per layer of the pre-training. Our choice: some 10 epochs of the digits."""
+    pretrain_rate: float = _field(0.1, within="[0, 1e18]")
+    """Learning rate of the pre-training (Hinton 2010's practical guide, section 7: 0.1 for binary units)."""
     full_batch: bool = False
     """The whole training split at every step (L-BFGS needs it) instead of batches."""
     lanes: int = _field(0, within="[0, 1000000]")
@@ -218,6 +251,10 @@ def check(experiment: Experiment, origins: Mapping[str, str] | None = None) -> N
     origins = origins or {}
     _refuse(_problem(key, _FIELDS[key], v, origins.get(key, "")) for key, v in flatten(experiment).items())
     task, norm, problems = experiment.task, experiment.model.normalization, []
+    for name in _unused(experiment.model):
+        key = f"model.{name}"
+        value = f"{_show(getattr(experiment.model, name))}{origins.get(key, '')}"
+        problems += [f"config: {key} = {value} means nothing to model.name = {experiment.model.name!r}; leave it out"]
     if task.validation + task.test >= 1:
         problems += [
             f"config: task.validation = {task.validation} and task.test = {task.test} leave nothing to "
@@ -234,6 +271,11 @@ def check(experiment: Experiment, origins: Mapping[str, str] | None = None) -> N
             "allowed with train.full_batch = true"
         ]
     _refuse(problems)
+
+
+def _unused(model: Model) -> list[str]:
+    """What the architecture does not take; looked up as late as the options."""
+    return importlib.import_module("gradjax.models").unused(model)
 
 
 def _refuse(problems: Iterable[str]) -> None:

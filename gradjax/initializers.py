@@ -50,4 +50,5 @@ def bias(sigma_b: float | Array) -> Initializer:
     return init
 
 
-WEIGHTS = {"gaussian": gaussian, "orthogonal": orthogonal}
+# lsuv is scaled by the data where the kernel is made (gradjax.models.layers)
+WEIGHTS = {"gaussian": gaussian, "orthogonal": orthogonal, "lsuv": lambda sigma_w: orthogonal(1.0)}

@@ -20,10 +20,9 @@ import optax
 import xarray as xr
 from jax import Array
 
-from gradjax import diagnosis, tasks, theory
+from gradjax import diagnosis, models, tasks, theory
 from gradjax.config import Experiment, Model
 from gradjax.evidence import Evidence, Examination
-from gradjax.models import MODELS
 from gradjax.spectrum import jacobian_spectrum
 from gradjax.step import layer_jacobian
 
@@ -136,7 +135,7 @@ def examine(
     splits = tasks.load(task.name, data_key, validation=task.validation, test=task.test, normalize=task.normalize)
     batch = tasks.batch_at(splits.train, data_key, 0, task.batch_size)
     classes = int(splits.train.y.max()) + 1
-    model = MODELS[experiment.model.name](experiment.model, classes)
+    model = models.build(experiment.model, classes)
 
     def init(key: Array) -> tuple:
         params_key, dropout_key = jax.random.split(key)
@@ -159,8 +158,9 @@ def examine(
     if lanes:
         progress(f"singular values of {depth} layers and their product, {lanes} seeds")
         networks = jax.jit(jax.vmap(init))(keys[:lanes])
-        thetas = jax.vmap(lambda network: [theta for _, theta in model.links(*network)])(networks)
-        one = model.links(*jax.tree.map(lambda leaf: leaf[0], networks))  # its steps serve every lane
+        links_of = lambda variables, key: model.links(variables, examples, key)[1]
+        thetas = jax.vmap(lambda network: [theta for _, theta in links_of(*network)])(networks)
+        one = links_of(*jax.tree.map(lambda leaf: leaf[0], networks))  # its steps serve every lane
         links = [(step, theta) for (step, _), theta in zip(one, thetas, strict=True)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

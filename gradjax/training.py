@@ -5,7 +5,7 @@ steps; where chunks end changes no bit. What a member is doing is data, never co
 reached its target stays in the program, at rest, and its neighbours' bits do not depend on it.
 
     problem = problem_of(experiment, splits)                    # static: what the program is compiled for
-    state = init(key, hparams, problem)                         # hparams: {"optimizer.learning_rate": 0.1, ...}
+    state = init(key, hparams, splits, problem)                 # hparams: {"optimizer.learning_rate": 0.1, ...}
     state, record = run_chunk(state, hparams, splits, problem)  # data are arguments, never constants
 
 Integer targets are classes (softmax cross-entropy; the score is accuracy), float targets a regression (squared error;
@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from gradjax import config, optimizers, step, tasks
+from gradjax import config, models, optimizers, step, tasks
 from gradjax.config import Experiment
-from gradjax.models import MODELS
 from gradjax.tasks import Split, Splits
 from gradjax.transforms import RuleState, last_good_params, telemetry
 
@@ -40,6 +39,7 @@ class Problem:
     experiment: Experiment
     features: tuple[int, ...]  # shape of one example
     num_outputs: int
+    per_step: bool = False  # a target for every step of a sequence
     batch_sharding: jax.sharding.NamedSharding | None = None  # of the batch, where it is spread over devices
 
 
@@ -84,39 +84,42 @@ def problem_of(experiment: Experiment, splits: Splits) -> Problem:
     if batch > size and not experiment.train.full_batch:
         raise ValueError(f"training: task.batch_size is {batch}; the training split has {size} examples.")
     num_outputs = int(y.max()) + 1 if classes else 1
-    return Problem(experiment, splits.train.x.shape[1:], num_outputs)
+    return Problem(experiment, splits.train.x.shape[1:], num_outputs, y.ndim > 1)
 
 
 def loss_and_score(logits: Array, y: Array) -> Scores:
-    """Mean loss and score of predictions (..., outputs) for targets (...)."""
+    """Mean loss and score of predictions (..., outputs) for targets (...); a class below 0 is not asked for."""
     if jnp.issubdtype(y.dtype, jnp.integer):
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        return Scores(loss, jnp.mean((jnp.argmax(logits, -1) == y).astype(jnp.float32)))
+        asked = y >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
+        right = (jnp.argmax(logits, -1) == y).astype(jnp.float32)
+        return Scores(jnp.mean(losses, where=asked), jnp.mean(right, where=asked))
     residual = jnp.mean(jnp.square(logits[..., 0] - y))
     return Scores(residual, 1 - residual / jnp.maximum(jnp.var(y), jnp.finfo(y.dtype).tiny))
 
 
 def _model(hparams: HParams, problem: Problem) -> tuple[Any, Experiment]:
     experiment = config.replace(problem.experiment, hparams)
-    return MODELS[experiment.model.name](experiment.model, problem.num_outputs), experiment
+    return models.build(experiment.model, problem.num_outputs, problem.per_step), experiment
 
 
 def _optimizer(experiment: Experiment) -> optax.GradientTransformationExtraArgs:
     return optimizers.build(experiment.optimizer, experiment.train.num_steps, experiment.train.max_loss)
 
 
-def init(key: Array, hparams: HParams, problem: Problem) -> State:
+def init(key: Array, hparams: HParams, data: Splits, problem: Problem) -> State:
     """A member before its first step.
 
     Args:
       key: PRNG key of the member.
       hparams: dotted names of the config's floats -> their values, which may be traced.
+      data: the splits, which initialisations by data and pre-training look at.
       problem: static.
     """
     model, experiment = _model(hparams, problem)
     params_key, dropout_key = jax.random.split(key)
-    x = jnp.zeros((2, *problem.features), jnp.float32)
-    variables = model.init({"params": params_key, "dropout": dropout_key}, x, train=True)
+    first = _batch(key, jnp.zeros((), jnp.int32), data, experiment)
+    variables = model.init({"params": params_key, "dropout": dropout_key}, first.x, train=True)
     none = jnp.full((), -1, jnp.int32)
     return State(variables, _optimizer(experiment).init(variables["params"]), key, jnp.zeros((), jnp.int32), none)
 
@@ -136,11 +139,16 @@ def divergence(state: State) -> dict[str, Array]:
     return {"diverged_at": seen["frozen_at"], "diverged_leaf": seen["first_bad_leaf"], "diverged_cause": seen["cause"]}
 
 
+def _batch(key: Array, count: Array, data: Splits, experiment: Experiment) -> Split:
+    """The member's batch at a step."""
+    if experiment.train.full_batch:
+        return data.train
+    return tasks.batch_at(data.train, jax.random.fold_in(key, 0), count, experiment.task.batch_size)
+
+
 def _train_step(state: State, model: Any, experiment: Experiment, data: Splits, problem: Problem) -> tuple:
-    tx, train = _optimizer(experiment), data.train
-    key = jax.random.fold_in(state.key, 0)
-    full = experiment.train.full_batch
-    batch = train if full else tasks.batch_at(train, key, state.count, experiment.task.batch_size)
+    tx = _optimizer(experiment)
+    batch = _batch(state.key, state.count, data, experiment)
     if problem.batch_sharding is not None:
         batch = lax.with_sharding_constraint(batch, problem.batch_sharding)
     params, rest = state.variables["params"], {k: v for k, v in state.variables.items() if k != "params"}
@@ -197,8 +205,9 @@ def run_chunk(
         new = new._replace(stopped_at=jnp.where(reached, new.count, new.stopped_at))
     size = min(experiment.task.batch_size, len(data.train.y))
     batch = tasks.batch_at(data.train, jax.random.fold_in(new.key, 0), 0, size)
-    links = model.links(new.variables, jax.random.fold_in(new.key, 2))
-    seen = step.signals(links, batch.x, loss=lambda logits: loss_and_score(logits, batch.y).loss)
+    h0, links = model.links(new.variables, batch.x, jax.random.fold_in(new.key, 2))
+    last = batch.y[:, -1] if problem.per_step else batch.y  # the links end at the last step
+    seen = step.signals(links, h0, loss=lambda logits: loss_and_score(logits, last).loss)
     return new, Record(loss, score, log_norm, clipped, validation, seen, frozen_at(new) >= 0)
 
 

@@ -178,7 +178,7 @@ BAD_TOML = {
     "[model]\nactivation = 'tahn'": ["model.activation = 'tahn' in X", "did you mean 'tanh'?", "relu"],
     "[model]\nactivation = 'ReLU'": ["(did you mean 'relu'?)"],
     "[model]\nweights = 'gauss'": ["(did you mean 'gaussian'?)", "allowed: gaussian, orthogonal"],
-    "[model]\nnormalization = 'batch_norm'": ["(did you mean 'batchnorm'?)", "none, layernorm, batchnorm"],
+    "[model]\nnormalization = 'batch_norm'": ["(did you mean 'batchnorm'?)", "none, batchnorm, layernorm"],
     "[task]\nname = 'minst'": ["task.name = 'minst' in X", "(did you mean 'mnist'?)", "digits"],
     "[task]\nnormalize = 'standart'": ["(did you mean 'standard'?)", "allowed: standard, none"],
     "[task]\nvalidation = 0.5\ntest = 0.5": ["task.validation = 0.5", "task.test = 0.5", "a sum below 1"],

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 
 import gradjax
-from gradjax import config
+from gradjax import config, models
 from gradjax.evidence import Examination
-from gradjax.models import MLP
 from gradjax.taps import statistics as stats
 
 numbers = st.lists(st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False), min_size=1, max_size=20)
@@ -75,11 +74,11 @@ def test_evidence_agrees_with_signals_beyond_the_range_of_float32(activation, si
     """Gradients of e^-200 and e^+110 at the first layer; linear, for an exploding tanh is chaotic in its rounding."""
     settings = {"model.depth": depth, "model.width": 32, "model.sigma_w": sigma_w, "model.activation": activation}
     settings |= {"model.sigma_b": 0.0} if activation == "linear" else {}
-    model = MLP.from_config(config.replace(config.Experiment(), settings).model, 10)
+    model = models.build(config.replace(config.Experiment(), settings).model, 10)
     x = size * jax.random.normal(jax.random.key(1), (8, 16))
     variables = model.init(jax.random.key(0), x)
     of_logits = lambda logits: jnp.mean(logits)
-    signals = gradjax.signals(model.links(variables), x, loss=of_logits)
+    signals = gradjax.signals(model.links(variables, x)[1], x, loss=of_logits)
     evidence = Examination(lambda p, x: of_logits(model.apply({"params": p}, x)), variables["params"], (x,))()
     assert evidence.hidden == depth
     hidden = slice(0, depth)

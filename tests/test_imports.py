@@ -33,12 +33,13 @@ MAY_IMPORT = {
     # what is trained
     "config": set(),
     "models": {"activations", "initializers", "scale", "step"},
+    "pretraining": {"models", "tasks"},
     "transforms": {"scale"},
     "tasks": set(),
     "optimizers": {"config", "transforms"},
     "remedies": {"config"},
     "grid": {"config"},
-    "training": {"config", "models", "step", "tasks", "optimizers", "transforms", "scale"},
+    "training": {"config", "models", "pretraining", "step", "tasks", "optimizers", "transforms", "scale"},
     # what is run and written down
     "checkpoint": set(),
     "results": {"config"},

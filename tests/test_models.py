@@ -7,7 +7,7 @@ import pytest
 
 from gradjax.activations import ACTIVATIONS
 from gradjax.models import MLP
-from gradjax.models.mlp import Dropout
+from gradjax.models.layers import Dropout
 from gradjax.step import Scan, check_step
 
 VARIANTS = {
@@ -34,6 +34,11 @@ def apply(model, variables, x, key):
     return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])[0]
 
 
+def first_step(model, variables, x):
+    h, ((step, theta), *_) = model.links(variables, x)
+    return step(h, theta)
+
+
 @pytest.fixture
 def x(key):
     return jax.random.normal(key, (8, 64))
@@ -55,9 +60,8 @@ def test_contract(options, key, x):
 def test_links_are_the_network(options, key, x):
     model = build(**options)
     variables = init(model, key, x)
-    links = model.links(variables, key)
-    assert check_step(links, x) == model.depth + 1
-    h = x
+    h, links = model.links(variables, x, key)
+    assert check_step(links, h) == model.depth + 1
     for link in links:
         h = (
             jax.lax.scan(lambda h, t, s=link[0]: (s(h, t), None), h, link[1])[0]
@@ -76,7 +80,7 @@ def test_weights_have_the_mean_field_variance(weights, features, key):
     x = jax.random.normal(key, (features,))
     keys = jax.random.split(key, 400)
     model = build(weights=weights, width=128, depth=1, sigma_w=1.7, sigma_b=0.0, activation="linear")
-    z = jax.vmap(lambda k: model.links(init(model, k, x))[0][0](x, model.links(init(model, k, x))[0][1]))(keys)
+    z = jax.vmap(lambda k: first_step(model, init(model, k, x), x))(keys)
     each = jnp.mean(z**2, axis=1) / jnp.mean(x**2)
     error = float(each.std()) / 20 + 1e-6
     assert abs(float(each.mean()) - 1.7**2) < 3 * error
@@ -113,7 +117,7 @@ def test_dropout_keeps_the_mean_and_drops_its_share(key):
 def test_dropout_needs_a_key_for_its_links(key, x):
     model = build(dropout=0.1)
     with pytest.raises(ValueError, match=r"key=jax\.random\.key"):
-        model.links(init(model, key, x))
+        model.links(init(model, key, x), x)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

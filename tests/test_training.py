@@ -22,7 +22,8 @@ def digits():
 
 
 def compiled(problem, num_steps=None):
-    start = jax.jit(jax.vmap(lambda key, hparams: training.init(key, hparams, problem)))
+    init = lambda key, hparams, data: training.init(key, hparams, data, problem)
+    start = jax.jit(jax.vmap(init, in_axes=(0, 0, None)))
     chunk = lambda state, hparams, data: training.run_chunk(state, hparams, data, problem, num_steps)
     return start, jax.jit(jax.vmap(chunk, in_axes=(0, 0, None)))
 
@@ -47,7 +48,7 @@ def test_members_learn_and_one_that_explodes_leaves_the_others_bits_alone(digits
     wild = calm | {"optimizer.learning_rate": calm["optimizer.learning_rate"].at[2].set(1e18)}
     ends = []
     for hparams in (calm, wild):
-        state = start(keys, hparams)
+        state = start(keys, hparams, digits)
         for _ in range(3):
             state, record = chunk(state, hparams, digits)
         ends.append((state, record))
@@ -82,7 +83,7 @@ def test_a_seed_that_has_reached_its_target_rests(digits):
     problem = training.problem_of(experiment(train__target=0.25, train__stop_at_target=True), digits)
     start, chunk = compiled(problem)
     hparams = {"optimizer.learning_rate": jnp.array([1e-2, 0.0])}
-    state = start(jax.random.split(jax.random.key(1), 2), hparams)
+    state = start(jax.random.split(jax.random.key(1), 2), hparams, digits)
     first, _ = chunk(state, hparams, digits)
     second, _ = chunk(first, hparams, digits)
     assert first.stopped_at.tolist() == [20, -1] and second.stopped_at.tolist() == [20, -1]
@@ -93,7 +94,7 @@ def test_a_seed_that_has_reached_its_target_rests(digits):
 def test_a_loss_above_its_bound_is_a_divergence(digits):
     problem = training.problem_of(experiment(train__max_loss=1e-3), digits)
     start, chunk = compiled(problem)
-    state, record = chunk(start(jax.random.split(jax.random.key(1), 1), {}), {}, digits)
+    state, record = chunk(start(jax.random.split(jax.random.key(1), 1), {}, digits), {}, digits)
     told = {name: value.tolist() for name, value in training.divergence(state).items()}
     assert told == {"diverged_at": [0], "diverged_leaf": [-1], "diverged_cause": [2]}  # at once, by its value
     np.testing.assert_array_equal(record.score[0, :1].shape, (1,))
@@ -109,7 +110,7 @@ def test_regression_and_sequences(sequence):
     problem = training.problem_of(experiment(), data)
     assert problem.num_outputs == (2 if sequence else 1) and problem.features == x.shape[1:]
     start, chunk = compiled(problem, 400)
-    _, record = chunk(start(jax.random.split(key, 1), {}), {}, data)
+    _, record = chunk(start(jax.random.split(key, 1), {}, data), {}, data)
     assert record.validation.score[0] > (0.95 if sequence else 0.98)
     if not sequence:
         prediction = 0.0 * data.test.y[:, None] + data.test.y.mean()
@@ -130,7 +131,7 @@ def test_regression_and_sequences(sequence):
 def test_more_ways_to_train(digits, more):
     problem = training.problem_of(config.replace(experiment(), more), digits)
     start, chunk = compiled(problem, 60)
-    _, record = chunk(start(jax.random.split(jax.random.key(1), 1), {}), {}, digits)
+    _, record = chunk(start(jax.random.split(jax.random.key(1), 1), {}, digits), {}, digits)
     assert record.loss[0, -1] < 0.6 * record.loss[0, 0]
 
 

@@ -1,10 +1,61 @@
 """Architectures in Flax Linen, one per file, each with its `links`: the same network as steps.
 
-`MODELS` is the one place that knows the names: name -> function(config, num_outputs) -> module with `links`.
+A model is a module with
+
+    model.apply(variables, x, train=False) -> logits            (batch, num_outputs), or (batch, seq_len, num_outputs)
+    model.links(variables, x, key=None) -> (h0, links)          run from h0 they give the logits (of the last step)
+
+whose fields are settings of `gradjax.config.Model` of the same names, and no other: what a model does not declare it
+does not take, and `unused` says so. `MODELS` is the one place that knows the names: name -> (module, fixed fields).
+Initialise on a real batch: `weights = "lsuv"` looks at it.
 """
 
+import dataclasses
+from typing import Any
+
+from gradjax.models.layers import fields_of
 from gradjax.models.mlp import MLP
 
-MODELS = {"mlp": MLP.from_config}
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {"mlp": (MLP, {})}
 
-__all__ = ["MLP", "MODELS"]
+
+def build(config: Any, num_outputs: int, per_step: bool = False) -> Any:
+    """The module of a `gradjax.config.Model`.
+
+    Args:
+      config: its floats may be traced.
+      num_outputs: classes, or 1 for a regression.
+      per_step: whether the task has a target for every step of a sequence.
+
+    Raises:
+      ValueError: `per_step` for a network that is no sequence model.
+    """
+    model, fixed = MODELS[config.name]
+    sequential = "per_step" in model.__dataclass_fields__
+    if per_step and not sequential:
+        raise ValueError(
+            f"models: {config.name} gives one answer per example, and the task has a target per step; choose one of "
+            f"{', '.join(name for name, (m, _) in MODELS.items() if 'per_step' in m.__dataclass_fields__)}."
+        )
+    more = {"per_step": per_step} if sequential else {}
+    return model(num_outputs=num_outputs, **fields_of(model, config), **fixed, **more)
+
+
+def unused(config: Any) -> list[str]:
+    """The settings that differ from their defaults though the model of this name does not take them."""
+    model, fixed = MODELS[config.name]
+    taken = (set(model.__dataclass_fields__) - set(fixed)) | {"name"}
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in taken and getattr(config, field.name) != field.default
+    ]
+
+
+def takes(name: str, setting: str) -> bool:
+    """Whether the model of this name has the setting."""
+    model, fixed = MODELS[name]
+    return setting in model.__dataclass_fields__ and setting not in fixed
+
+
+__all__ = ["MLP", "MODELS", "build", "takes", "unused"]

@@ -21,22 +21,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from gradjax.activations import ACTIVATIONS
-from gradjax.initializers import WEIGHTS, bias
+from gradjax.models.layers import Dense, Dropout
 from gradjax.step import Links, Scan, nested_scan
 
 PyTree = Any
-
-
-class Dropout(nn.Module):
-    """Inverted dropout whose rate in [0, 1) may be traced (Flax's own branches on it)."""
-
-    rate: float | Array
-
-    @nn.compact
-    def __call__(self, h: Array) -> Array:
-        """`h` with a share `rate` of its entries zero and the others divided by 1 - rate."""
-        keep = jax.random.uniform(self.make_rng("dropout"), h.shape, h.dtype) >= self.rate
-        return jnp.where(keep, h / (1.0 - jnp.asarray(self.rate, h.dtype)), jnp.zeros_like(h))
 
 
 class Layer(nn.Module):
@@ -55,8 +43,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
         """The next state, (..., width)."""
-        kernel_init, bias_init = WEIGHTS[self.weights](self.sigma_w), bias(self.sigma_b)
-        z = nn.Dense(self.width, kernel_init=kernel_init, bias_init=bias_init, name="dense")(h)
+        z = Dense(self.width, self.weights, self.sigma_w, self.sigma_b, name="dense")(h)
         if self.normalization == "layernorm":
             z = nn.LayerNorm(name="norm")(z)
         elif self.normalization == "batchnorm":
@@ -84,12 +71,6 @@ class MLP(nn.Module):
     normalization: str = "none"
     dropout: float | Array | None = None
     remat: bool = False
-
-    @classmethod
-    def from_config(cls, config, num_outputs: int) -> "MLP":
-        """The module of a `gradjax.config.Model`."""
-        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__ if hasattr(config, name)}
-        return cls(**{**fields, "num_outputs": num_outputs, "name": None, "parent": None})
 
     def _layer(self, residual: bool, **kwargs) -> Layer:
         shared = {name: getattr(self, name) for name in _LAYER_FIELDS}
@@ -134,16 +115,17 @@ class MLP(nn.Module):
             self.put_variable("batch_stats", "layers", stats)
         return h
 
-    def links(self, variables: PyTree, key: Array | None = None) -> Links:
+    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
         """The network in training mode as links, for `gradjax.step` and `gradjax.spectrum`.
 
         Args:
           variables: as `init` returns them.
+          x: inputs, (features,) or (batch, features).
           key: PRNG key of the dropout masks, needed where there is dropout.
 
         Returns:
-          [(embed, theta), Scan(layer, thetas), (readout, theta)], without the Scan at depth 1. Each theta holds one
-          layer's variables and, with dropout, its key. With BatchNorm the states are whole batches.
+          x and [(embed, theta), Scan(layer, thetas), (readout, theta)], without the Scan at depth 1. Each theta holds
+          one layer's variables and, with dropout, its key. With BatchNorm the states are whole batches.
         """
         if self.dropout is not None and key is None:
             raise ValueError("MLP.links: a network with dropout draws masks; pass key=jax.random.key(...).")
@@ -170,7 +152,7 @@ class MLP(nn.Module):
             return nn.Dense(self.num_outputs).apply(theta["variables"], h)
 
         hidden = [Scan(layer_step(self.residual), layers)] if self.depth > 1 else []
-        return [(layer_step(False), embed), *hidden, (readout, theta("readout"))]
+        return x, [(layer_step(False), embed), *hidden, (readout, theta("readout"))]
 
 
 _LAYER_FIELDS = (

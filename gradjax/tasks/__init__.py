@@ -27,6 +27,7 @@ from gradjax.tasks.files import DataError as DataError
 
 TASKS = {"digits": images.digits, "mnist": images.mnist, "fashion_mnist": images.fashion_mnist}
 NORMALIZE = ("standard", "none")
+AUGMENT = ("none",)
 
 
 class Splits(NamedTuple):
