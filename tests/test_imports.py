@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "transforms": {"scale"},
     "tasks": set(),
     "optimizers": {"config", "transforms"},
-    "remedies": {"config"},
+    "remedies": {"config", "meanfield", "models"},
     "grid": {"config"},
     "training": {"config", "models", "pretraining", "step", "tasks", "optimizers", "transforms", "scale"},
     # what is run and written down
@@ -46,13 +46,14 @@ MAY_IMPORT = {
     "alarm": set(),
     "monitor": {"alarm", "transforms", "results"},
     "diagnosis": {"evidence", "rules", "results", "matrix_free", "scale", "taps", "transforms", "plots"},
-    "measure": {"config", "models", "tasks", "step", "spectrum", "theory", "evidence", "diagnosis"},
+    "measure": {"config", "models", "training", "tasks", "step", "spectrum", "theory", "evidence", "diagnosis"},
     "ablation": {"config", "grid", "training", "transforms", "checkpoint", "results", "monitor", "tasks", "scale"},
     "coordinate": {"taps", "scale", "results"},
     "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
     "plots": set(),
+    "plots_cure": {"plots"},
     "report": {"config", "results", "plots", "diagnosis"},
-    "cli": {"config", "grid", "measure", "diagnosis", "remedies", "ablation", "cure", "results", "plots"}
+    "cli": {"config", "grid", "measure", "diagnosis", "remedies", "ablation", "cure", "results", "plots", "plots_cure"}
     | {"report", "tasks"},
     "__main__": {"cli"},
 }
@@ -60,8 +61,8 @@ MAY_IMPORT = {
 # third-party packages that only some files may name
 ONLY_IN = {
     "flax": {"models", "taps"},
-    "xarray": {"ablation", "results", "plots", "report", "measure", "diagnosis", "coordinate"},
-    "matplotlib": {"plots", "cli"},  # the command line chooses the backend
+    "xarray": {"ablation", "results", "plots", "plots_cure", "report", "measure", "diagnosis", "coordinate", "cure"},
+    "matplotlib": {"plots", "plots_cure", "cli"},  # the command line chooses the backend
     "optax": {"transforms", "optimizers", "training", "measure", "coordinate", "diagnosis"},
     "orbax": {"checkpoint"},
     "sklearn": {"tasks"},
