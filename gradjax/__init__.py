@@ -8,10 +8,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradjax.ablation import compare as compare
     from gradjax.ablation import sweep as sweep
     from gradjax.blocks import links as links
     from gradjax.blocks import per_example as per_example
     from gradjax.coordinate import coordinate_check as coordinate_check
+    from gradjax.cure import find_cure as find_cure
     from gradjax.diagnosis import diagnose as diagnose
     from gradjax.monitor import Monitor as Monitor
     from gradjax.spectrum import jacobian_spectrum as jacobian_spectrum
@@ -30,7 +32,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Monitor": "monitor",
+    "compare": "ablation",
     "coordinate_check": "coordinate",
+    "find_cure": "cure",
     "links": "blocks",
     "per_example": "blocks",
     "diagnose": "diagnosis",
@@ -51,8 +55,10 @@ _HOME = {
 __all__ = [
     "__version__",
     "Monitor",
+    "compare",
     "coordinate_check",
     "diagnose",
+    "find_cure",
     "functional",
     "jacobian_spectrum",
     "layer_jacobians",

@@ -203,12 +203,10 @@ def _cure(args: Sequence[str]) -> int:
     names = options.remedies
     chosen = names if names in ("fitting", "all") else [name.strip() for name in names.split(",") if name.strip()]
     with _progress() as progress:
-        found = cure.cure(experiment, chosen, pairs=options.pairs, progress=progress)
+        found = cure.find_cure(experiment, chosen, pairs=options.pairs, progress=progress)
     folder = results.run_folder(experiment.output, experiment.name)
     results.write_text(folder / "config.toml", config.to_toml(experiment))
-    for name, treated in found.experiments.items():
-        if name == found.winner:
-            results.write_text(folder / "cured.toml", config.to_toml(treated))
+    results.write_text(folder / "cured.toml", config.to_toml(found.experiments[found.winner]))
     summary = cure.to_dict(found) | {"folder": str(folder), "seconds": round(time.monotonic() - started, 1)}
     results.save(found.results.assign_attrs(config=config.to_toml(experiment)), folder / "results.nc")
     results.write_text(folder / "cure.json", results.dumps(summary) + "\n")
@@ -248,9 +246,10 @@ def _print_cure(summary, folder) -> None:
         title=f"{len(rows) - 1} remedies, best first; {summary['programs']} programs compiled", box=box.SIMPLE_HEAD
     )
     table.title_justify = "left"
-    table.add_column("remedy")
-    for heading in ("trained", "95% interval", "score", "steps to target", "gradient σ", "lost", "ms/step"):
-        table.add_column(heading, justify="right")
+    table.add_column("remedy", no_wrap=True)
+    for heading in ("trained", "95% interval", "score", "steps", "σ", "lost", "ms"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.caption = "steps: to the target; σ: of the log gradient norm in training; ms: of a step of one seed"
     for row in rows:
         low, high = row["share_interval"]
         cells = (f"{row['trained']}/{row['seeds']}", f"{low:.0%} to {high:.0%}", f"{row['score']:.3f}")

@@ -1,4 +1,4 @@
-"""`cure`: diagnose a network, train it under every remedy that fits, rank them, diagnose the winner.
+"""`find_cure`: diagnose a network, train it under every remedy that fits, rank them, diagnose the winner.
 
 The untreated network is trained beside the others, over the same seeds and batches; settings that differ in floats
 alone share one compiled program (`gradjax.ablation.compare`). Remedies are ranked by, in this order,
@@ -52,7 +52,7 @@ class Cure(NamedTuple):
         return story(self)
 
 
-def cure(
+def find_cure(
     experiment: Experiment,
     names: Sequence[str] | str = "fitting",
     *,
@@ -73,6 +73,8 @@ def cure(
       ConfigError: an unknown remedy, or a config that cannot run. A remedy that does not apply is left out instead.
     """
     config.check(experiment)
+    if not isinstance(names, str):
+        remedies.known(names)
     say = lambda message: progress(Progress(message))
     verdict = diagnosed(experiment, say)
     say(f"verdict: {verdict.headline}")

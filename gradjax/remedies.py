@@ -2,8 +2,8 @@
 
     REMEDIES["critical_init"].change(experiment) -> experiment
 
-Each change is a pure function config -> config and nothing else. A remedy that a network cannot take (BatchNorm at batch
-size 1, a forget bias without gates) raises `NotApplicable` with the reason; `apply` also turns what
+Each change is a pure function config -> config and nothing else. A remedy that a network cannot take (BatchNorm at
+batch size 1, a forget bias without gates) raises `NotApplicable` with the reason; `apply` also turns what
 `gradjax.config.check` refuses into one. A new remedy is one entry here and one line in its test.
 
 Costs are per training step unless they say otherwise; which remedy helps which network is what `gradjax.cure` measures.
@@ -128,7 +128,7 @@ def _cell(name: str) -> Callable[[Experiment], Experiment]:
 
 
 def _identity(experiment: Experiment) -> Experiment:
-    if not set(config.flatten(experiment)) or experiment.model.name != "rnn":
+    if experiment.model.name != "rnn":
         raise NotApplicable(f"{experiment.model.name} is no plain recurrent network")
     values = {"weights": "identity", "activation": "relu", "sigma_w": 1.0, "sigma_b": 0.0}
     return _with(experiment, {f"model.{name}": value for name, value in values.items()})
@@ -154,6 +154,13 @@ def _times_rate(factor: float) -> Callable[[Experiment], Experiment]:
 def _pretrain(method: str) -> Callable[[Experiment], Experiment]:
     return _set(train__pretrain=method)
 
+
+# What a finding may also advise and no config can do: it is in the user's code or data.
+ADVICE = (
+    "reset_optimizer_state", "check_data", "random_initialization", "qk_norm", "scale_logits", "zero_biases",
+    "lower_input_frequency", "shallower_network", "use_the_layer", "remove_stop_gradient", "loss_scaling",
+    "raise_max_norm", "lower_max_norm",
+)  # fmt: skip
 
 # -- the catalogue ---------------------------------------------------------------------------------------
 
@@ -412,6 +419,20 @@ REMEDIES: dict[str, Remedy] = {
         LITTLE,
         "Chowdhery 2022, arXiv 2204.02311",
     ),
+    "skip_non_finite": Remedy(
+        _set(optimizer__guard="skip_non_finite"),
+        "steps with inf or NaN are left out",
+        ("non_finite", "frozen_optimizer"),
+        LITTLE,
+        "Micikevicius 2018, arXiv 1710.03740",
+    ),
+    "restore_moments": Remedy(
+        _set(optimizer__guard="restore_moments"),
+        "the optimiser's moments go back with the parameters",
+        ("frozen_optimizer", "loss_spikes"),
+        LITTLE,
+        "gradjax.transforms.restore_moments",
+    ),
     # optimisers and schedules
     "adam": Remedy(
         _optimizer("adam", 1e-3),
@@ -520,6 +541,14 @@ REMEDIES: dict[str, Remedy] = {
 }
 
 
+def known(names: Iterable[str]) -> None:
+    """Raises `ConfigError` for the first name, or part of `a+b`, that is no remedy."""
+    for part in (part for name in names for part in name.split("+")):
+        if part not in REMEDIES:
+            near = config.nearest(part, {n: n for n in REMEDIES})
+            raise ConfigError(f"cure: unknown remedy {part!r}{near}; `gradjax cure --list` shows them")
+
+
 def apply(name: str, experiment: Experiment) -> Experiment:
     """The experiment with a remedy, checked; `a+b` applies two in turn.
 
@@ -530,11 +559,9 @@ def apply(name: str, experiment: Experiment) -> Experiment:
     >>> apply("residual_scaled", config.Experiment()).model.residual
     True
     """
+    known([name])
     treated = experiment
     for part in name.split("+"):
-        if part not in REMEDIES:
-            near = config.nearest(part, {n: n for n in REMEDIES})
-            raise ConfigError(f"cure: unknown remedy {part!r}{near}; `gradjax cure --list` shows them")
         treated = REMEDIES[part].change(treated)
     if treated == experiment:
         raise NotApplicable("the network has it already")

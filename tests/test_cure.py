@@ -1,0 +1,130 @@
+"""`find_cure`: ranking on made-up results, and small real trainings."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from gradjax import ablation, config, cure
+from gradjax.cli import main
+from gradjax.config import ConfigError
+
+SMALL = {
+    "model.depth": 4, "model.width": 16, "model.activation": "relu", "model.sigma_b": 0.0, "train.num_steps": 60,
+    "train.num_seeds": 2, "train.eval_every": 30, "train.target": 0.3, "diagnose.num_seeds": 2,
+    "diagnose.spectrum_seeds": 0, "optimizer.name": "sgd", "optimizer.learning_rate": 0.05,
+}  # fmt: skip
+
+
+def experiment(**more):
+    return config.replace(config.Experiment(), SMALL | {k.replace("__", "."): v for k, v in more.items()})
+
+
+def made_up(trained, scores, deviation=0.1, seconds=1.0):
+    """A dataset of `compare` with the given outcomes per seed."""
+    seeds, steps = len(scores), 50
+    norms = np.tile(deviation * np.where(np.arange(steps) % 2, 1.0, -1.0), (seeds, 1))
+    return xr.Dataset(
+        {
+            "trained": ("seed", np.array(trained, bool)),
+            "trained_at": ("seed", np.where(trained, 40, -1)),
+            "final_score": ("seed", np.array(scores)),
+            "test_score": ("seed", np.array(scores)),
+            "diverged_at": ("seed", np.full(seeds, -1)),
+            "log_gradient_norm": (("seed", "step"), norms),
+        },
+        attrs={"seconds_per_step": seconds, "program": 0, "target": 0.9},
+    )
+
+
+def test_ranking_goes_by_share_then_score_then_stability_then_cost():
+    yes, no = [True] * 4, [True, True, False, False]
+    found = {
+        "untreated": made_up([False] * 4, [0.1] * 4),
+        "half": made_up(no, [0.99] * 4),
+        "low": made_up(yes, [0.91] * 4),
+        "dear": made_up(yes, [0.95] * 4, 0.1, 2.0),
+        "cheap": made_up(yes, [0.95] * 4, 0.1, 1.0),
+        "shaky": made_up(yes, [0.95] * 4, 0.5, 0.1),
+    }
+    assert [row["remedy"] for row in cure.ranked(found)] == ["cheap", "dear", "shaky", "low", "half", "untreated"]
+
+
+def test_rows_have_wilsons_and_students_intervals():
+    row = cure.ranked({"a": made_up([True] * 8, np.linspace(0.9, 1.0, 8))})[0]
+    assert row["share_interval"] == pytest.approx([0.6756, 1.0], abs=1e-4)  # Wilson 1927 for 8 of 8
+    half = 2.3646 * np.std(np.linspace(0.9, 1.0, 8), ddof=1) / 8**0.5  # t of 7 degrees of freedom
+    assert row["score_interval"] == pytest.approx([0.95 - half, 0.95 + half], rel=1e-4)
+
+
+def test_a_lost_gradient_has_no_stability():
+    norms = np.zeros((3, 20))
+    norms[:2, 10:] = np.inf
+    assert math.isinf(cure.stability(norms)) and cure.stability(norms[2:]) == 0
+
+
+def test_programs_are_shared_by_what_differs_in_floats_alone():
+    base = experiment()
+    settings = {
+        "a": base,
+        "b": config.replace(base, {"model.sigma_w": 1.0}),
+        "c": config.replace(base, {"model.residual": True}),
+        "d": config.replace(base, {"model.residual": True, "model.residual_scale": 0.5}),
+        "e": config.replace(base, {"model.dropout": 0.1}),
+    }
+    assert ablation.programs(settings) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_compared_members_are_those_of_a_sweep():
+    base = experiment(train__lanes=2)
+    found = ablation.compare({"one": base, "two": config.replace(base, {"model.sigma_w": 2.0})})
+    ds = ablation.sweep(base, vary={"model.sigma_w": [base.model.sigma_w, 2.0]})
+    for i, name in enumerate(("one", "two")):
+        np.testing.assert_array_equal(found[name]["loss"].values, ds["loss"].values[i])
+
+
+@pytest.mark.slow
+def test_a_vanishing_network_is_cured_and_says_so():
+    sick = experiment(model__sigma_w=0.2, model__depth=10)
+    found = cure.find_cure(sick, ["critical_init", "l1", "forget_bias"], pairs=False)
+    assert found.verdict.headline.startswith(("vanishing", "dead", "rank"))
+    assert found.winner == "critical_init" and cure.cured(found)
+    assert "no model.forget_bias" in found.left_out["forget_bias"]
+    assert found.after is not None and found.after.healthy
+    assert set(found.results["remedy"].values) == {"untreated", "critical_init", "l1"}
+    text = str(found)
+    assert "What cured it: critical_init" in text and "Did not help: l1" in text
+    json.dumps(cure.to_dict(found)["ranking"])
+
+
+@pytest.mark.slow
+def test_a_network_whose_every_remedy_fails_ends_with_that_verdict():
+    found = cure.find_cure(experiment(train__target=1.0, train__num_steps=4, train__eval_every=2), ["l1", "clip"])
+    assert found.winner in ("untreated", "l1", "clip", "l1+clip", "clip+l1")
+    assert "Nothing cured it" in str(found)
+
+
+def test_an_unknown_remedy_is_refused_before_anything_runs():
+    with pytest.raises(ConfigError, match="unknown remedy 'relo'"):
+        cure.find_cure(experiment(), ["relo"])
+
+
+def test_the_list_of_remedies(capsys):
+    assert main(["cure", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "critical_init" in out and "lower_learning_rate" in out
+
+
+@pytest.mark.slow
+def test_the_command_writes_results_figure_and_story(tmp_path, capsys):
+    path = tmp_path / "sick.toml"
+    path.write_text(config.to_toml(experiment(name="sick", model__sigma_w=0.2, output=str(tmp_path / "runs"))))
+    assert main(["cure", str(path), "--remedies", "critical_init,l1", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    folder = tmp_path / "runs/sick"
+    names = {"config.toml", "cured.toml", "results.nc", "cure.json", "cure.txt", "cure.png", "cure.svg"}
+    assert names <= {p.name for p in folder.iterdir()}
+    assert summary["winner"] == "critical_init"
+    assert config.load(folder / "cured.toml").model.sigma_w == pytest.approx(2**0.5)

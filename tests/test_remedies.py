@@ -1,0 +1,96 @@
+"""The catalogue: each entry is a pure function config -> config that a network takes or refuses with a reason."""
+
+import pytest
+
+from gradjax import config, models, remedies
+from gradjax.config import ConfigError, Experiment
+from gradjax.remedies import ADVICE, REMEDIES, NotApplicable
+from gradjax.rules import CAUSAL
+from gradjax.rules.finding import REMEDIES as ADVISED
+
+
+def network(name: str, **settings) -> Experiment:
+    """A checked config of the architecture with its own defaults."""
+    values = {"model.name": name, "model.depth": 4, "model.width": 16} | settings
+    values = {k: v for k, v in values.items() if k == "model.name" or models.takes(name, k.removeprefix("model."))}
+    return config.replace(Experiment(), values)
+
+
+NETWORKS = {name: network(name) for name in models.MODELS}
+
+
+def outcome(name: str, experiment: Experiment) -> Experiment | str:
+    try:
+        return remedies.apply(name, experiment)
+    except NotApplicable as reason:
+        return str(reason)
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_remedy_changes_some_network_and_is_refused_with_a_reason_by_the_others(name):
+    remedy = REMEDIES[name]
+    assert remedy.what and remedy.cost and remedy.reference
+    assert set(remedy.fits) <= set(CAUSAL)
+    # some entries repair what the plain networks do not have wrong
+    sick = {
+        "no_norm": network("mlp", **{"model.normalization": "batchnorm"}),
+        "normalize_inputs": config.replace(NETWORKS["mlp"], {"task.normalize": "none"}),
+        "pretrain_rbm": network("mlp", **{"model.activation": "sigmoid"}),
+        "pre_norm": network("transformer", **{"model.placement": "post"}) if "transformer" in NETWORKS else None,
+    }
+    tried = {**NETWORKS, "sick": sick.get(name) or NETWORKS["mlp"]}
+    changed = 0
+    for experiment in tried.values():
+        before = config.to_toml(experiment)
+        treated = outcome(name, experiment)
+        assert config.to_toml(experiment) == before
+        if isinstance(treated, str):
+            assert len(treated) > 10
+        else:
+            changed += 1
+            config.check(treated)
+            assert treated != experiment
+            assert remedies.apply(name, experiment) == treated
+    assert changed
+
+
+def test_every_pathology_that_training_can_cure_has_remedies():
+    without = [p for p in CAUSAL if not any(p in remedy.fits for remedy in REMEDIES.values())]
+    assert set(without) == {"symmetric_units", "untrained_layer"}  # the user's code is at fault
+
+
+def test_what_findings_advise_is_in_the_catalogue_or_the_users_to_do():
+    for names in ADVISED.values():
+        assert set(names) <= set(REMEDIES) | set(ADVICE)
+
+
+def test_the_remedies_of_the_first_finding_come_first():
+    names = remedies.fitting(["vanishing_gradients", "loss_spikes"])
+    assert names.index("critical_init") < names.index("skip_spikes")
+    assert len(names) == len(set(names))
+    assert remedies.fitting([]) == list(REMEDIES)
+
+
+def test_two_remedies_in_turn():
+    both = remedies.apply("residual+clip_by_global_norm", NETWORKS["mlp"])
+    assert both.model.residual and both.optimizer.clipping == "clip_by_global_norm"
+
+
+def test_critical_init_is_the_critical_point():
+    treated = remedies.apply("critical_init", config.replace(Experiment(), {"model.sigma_w": 2.0}))
+    assert treated.model.sigma_w**2 == pytest.approx(1.76095, rel=1e-4)  # Schoenholz 2017 at sigma_b^2 = .05
+    relu = config.replace(Experiment(), {"model.activation": "relu", "model.sigma_b": 0.0})
+    assert remedies.apply("critical_init", relu).model.sigma_w == pytest.approx(2**0.5)
+
+
+def test_what_cannot_apply_says_why():
+    one = config.replace(NETWORKS["mlp"], {"task.batch_size": 1})
+    assert "no variance" in outcome("batchnorm", one)
+    assert "no model.forget_bias" in outcome("forget_bias", NETWORKS["mlp"])
+    assert "already" in outcome("tanh", remedies.apply("tanh", config.replace(Experiment(), {"model.sigma_w": 3.0})))
+    assert "not recurrent" in outcome("lstm", NETWORKS["mlp"])
+
+
+def test_an_unknown_remedy_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'batchnorm'"):
+        remedies.apply("batch_norm", NETWORKS["mlp"])
