@@ -491,8 +491,8 @@ def compare(
 ) -> dict[str, xr.Dataset]:
     """Train every seed of each experiment; those that differ in sweepable floats alone share one compiled program.
 
-    A host-level function. Programs are compiled and run as many at a time as there are workers, since compiling keeps
-    one core busy. What a member computes is what `sweep` computes at the same lane width.
+    A host-level function. Programs are compiled as many at a time as there are cores, since compiling keeps one busy.
+    What a member computes is what `sweep` computes at the same lane width.
 
     Args:
       experiments: name -> experiment; all with the same number of seeds.
@@ -512,7 +512,7 @@ def compare(
     meter = _Meter(steps, progress)
     progress(Progress(f"{len(experiments)} settings, {len(groups)} training programs to compile"))
 
-    def train(number: int) -> dict[str, xr.Dataset]:
+    def compile(number: int) -> tuple[_Cell, grid.Grid]:
         names = groups[number]
         own, columns = experiments[names[0]], _columns([experiments[name] for name in names])
         with lock:  # read once
@@ -521,23 +521,23 @@ def compare(
         dims = {grid.DRAW: np.arange(len(names)), "seed": np.arange(own.train.num_seeds)}
         settings = grid.Grid(dims, dict.fromkeys(columns, grid.DRAW), {}, columns)
         cell = _cell(number, own, settings, data[own.task], None, False)
-        began = time.monotonic()
-        ds = _unfolded(_run(cell, meter), cell, settings)
-        seconds = (time.monotonic() - began) / (settings.num_members * own.train.num_steps)
-        attrs = {"program": number, "seconds_per_step": seconds, "target": own.train.target, "plan": str(cell.plan)}
-        drop = [*columns, grid.DRAW]
-        return {n: ds.isel({grid.DRAW: i}).drop_vars(drop).assign_attrs(attrs) for i, n in enumerate(names)}
+        progress(Progress(f"compiled {', '.join(names)}: {cell.plan}"))
+        return cell, settings
 
+    # XLA's CPU client can deadlock when more executions wait for each other than it has threads: compile side by side,
+    # then train one program after the other on all cores
     workers = 1 if jax.default_backend() != "cpu" else rule_for_workers(next(iter(experiments.values())))
     found: dict[str, xr.Dataset] = {}
     with ThreadPoolExecutor(workers, thread_name_prefix="gradjax-program") as pool:
-        futures = [pool.submit(train, number) for number in range(len(groups))]
-        try:
-            for future in as_completed(futures):
-                found |= future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        compiled = list(pool.map(compile, range(len(groups))))
+    for names, (cell, settings) in zip(groups, compiled, strict=True):
+        began = time.monotonic()
+        ds = _unfolded(_run(cell, meter), cell, settings)
+        train = cell.experiment.train
+        seconds = (time.monotonic() - began) / (settings.num_members * train.num_steps)
+        attrs = {"program": cell.number, "seconds_per_step": seconds, "target": train.target, "plan": str(cell.plan)}
+        drop = [*settings.drawn, grid.DRAW]
+        found |= {n: ds.isel({grid.DRAW: i}).drop_vars(drop).assign_attrs(attrs) for i, n in enumerate(names)}
     return {name: found[name] for name in experiments}
 
 
