@@ -384,7 +384,7 @@ def _data(args: Sequence[str]) -> int:
     match list(args):
         case ["list"]:
             for name, description, place in tasks.available():
-                print(f"{name:15}{description}\n{'':15}{place or 'not here yet: gradjax data fetch ' + name}")
+                print(f"{name:18}{description}\n{'':18}{place or 'not here yet: gradjax data fetch ' + name}")
         case ["fetch", name]:
             print("\n".join(map(str, tasks.fetch(name))) or f"{name} comes with scikit-learn; nothing to fetch")
         case ["verify", name]:

@@ -96,7 +96,8 @@ class Task:
     """The data, and how it is split."""
 
     name: str = _field("digits", options="gradjax.tasks:TASKS")
-    """digits (scikit-learn's, offline), mnist or fashion_mnist; an unknown name lists them."""
+    """Images (digits, offline; mnist ...), sequences (temporal_order, adding ...), text, graphs, a regression; an
+    unknown name lists them."""
     batch_size: int = _field(64, within="[1, 1000000]")
     """Examples per batch. Our choice."""
     validation: float = _field(0.15, within="[0, 1)", static=True)
@@ -270,7 +271,16 @@ def check(experiment: Experiment, origins: Mapping[str, str] | None = None) -> N
             "config: optimizer.name = 'lbfgs' compares gradients of one loss, not of changing batches; "
             "allowed with train.full_batch = true"
         ]
+    problems += _excluded(experiment)
     _refuse(problems)
+
+
+def _excluded(experiment: Experiment) -> list[str]:
+    """What the architecture and the pre-training say of settings that exclude each other."""
+    module = importlib.import_module("gradjax.models").MODELS[experiment.model.name][0]
+    reasons = [module.refuses(experiment.model)] if hasattr(module, "refuses") else []
+    reasons += [importlib.import_module("gradjax.pretraining").refuses(experiment)]
+    return [reason for reason in reasons if reason]
 
 
 def _unused(model: Model) -> list[str]:

@@ -118,8 +118,8 @@ def _cell(name: str) -> Callable[[Experiment], Experiment]:
         defaults = {f.name: f.default for f in dataclasses.fields(Model) if f.name != "name"}
         dropped = {k: v for k, v in defaults.items() if not models.takes(name, k)}
         values: dict[str, Any] = {"name": name, **dropped}
-        if name in GATED:  # a cell's own scales: gates that start half open, unit recurrent gain
-            values |= {"weights": "gaussian", "sigma_w": 1.0, "sigma_b": 0.0}
+        if name in GATED:  # unit recurrent gain, gates for times up to the sequence's length
+            values |= {"weights": "gaussian", "sigma_w": 1.0, "sigma_b": 0.0, "chrono": _longest(experiment)}
         if name == "orthogonal_rnn" and models.takes(name, "sigma_b"):
             values["sigma_b"] = 0.0
         return config.replace(experiment, {f"model.{k}": v for k, v in values.items()})
@@ -134,8 +134,13 @@ def _identity(experiment: Experiment) -> Experiment:
     return _with(experiment, {f"model.{name}": value for name, value in values.items()})
 
 
+def _longest(experiment: Experiment) -> float:
+    """The longest time that chrono initialisation covers: the sequence's."""
+    return float(max(experiment.task.seq_len, 3))
+
+
 def _chrono(experiment: Experiment) -> Experiment:
-    return _with(experiment, {"model.chrono": float(max(experiment.task.seq_len, 3))})
+    return _with(experiment, {"model.chrono": _longest(experiment)})
 
 
 def _clip(rule: str, threshold: float) -> Callable[[Experiment], Experiment]:
@@ -367,9 +372,19 @@ REMEDIES: dict[str, Remedy] = {
         "twice the weights",
         "Srivastava 2015, arXiv 1505.00387",
     ),
-    "lstm": Remedy(_cell("lstm"), "LSTM cells", SCALE, "four times the weights", "Hochreiter & Schmidhuber 1997"),
-    "gru": Remedy(_cell("gru"), "GRU cells", SCALE, "three times the weights", "Cho 2014, arXiv 1406.1078"),
-    "minimal_rnn": Remedy(_cell("minimal_rnn"), "one gate", SCALE, "twice the weights", "Chen 2018, arXiv 1806.05394"),
+    "lstm": Remedy(
+        _cell("lstm"), "LSTM cells, chrono start", SCALE, "four times the weights", "Hochreiter & Schmidhuber 1997"
+    ),
+    "gru": Remedy(
+        _cell("gru"), "GRU cells, chrono start", SCALE, "three times the weights", "Cho 2014, arXiv 1406.1078"
+    ),
+    "minimal_rnn": Remedy(
+        _cell("minimal_rnn"),
+        "minimalRNN cells, chrono start",
+        SCALE,
+        "twice the weights",
+        "Chen 2018, arXiv 1806.05394",
+    ),
     "orthogonal_rnn": Remedy(
         _cell("orthogonal_rnn"),
         "a recurrent matrix that stays orthogonal",

@@ -9,11 +9,13 @@ reached its target stays in the program, at rest, and its neighbours' bits do no
     state, record = run_chunk(state, hparams, splits, problem)  # data are arguments, never constants
 
 Integer targets are classes (softmax cross-entropy; the score is accuracy), float targets a regression (squared error;
-the score is R^2 = 1 - residual / variance). Targets may have a time axis: (examples, seq_len).
+the score is R^2 = 1 - residual / variance). Classes may have a time axis, (examples, seq_len), where a class below 0 is
+not asked for; a regression may have several outputs, (examples, outputs), each of which has its own mean in R^2.
 
 Does not cover: what is host-level (lanes, devices, checkpoints, progress), which is `gradjax.ablation`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from gradjax import config, models, optimizers, step, tasks
+from gradjax import config, models, optimizers, pretraining, step, tasks
 from gradjax.config import Experiment
 from gradjax.tasks import Split, Splits
 from gradjax.transforms import RuleState, last_good_params, telemetry
@@ -48,7 +50,7 @@ class State(NamedTuple):
 
     variables: PyTree  # params, batch_stats
     opt_state: PyTree
-    key: Array  # of the member: its network, order of batches, dropout masks
+    key: Array  # of the member: its network, order of batches, dropout masks, variations of images
     count: Array  # int32, steps taken
     stopped_at: Array  # int32, the step after which the target was reached, -1: not yet or not asked for
 
@@ -76,26 +78,34 @@ def problem_of(experiment: Experiment, splits: Splits) -> Problem:
     """The static part of an experiment on its data.
 
     Raises:
-      ValueError: a batch larger than the training split.
+      ValueError: a batch larger than the training split; data that are no images where images are to be varied.
     """
-    y = splits.train.y
+    y, task = splits.train.y, experiment.task
+    if task.augment != "none":
+        jax.eval_shape(tasks.AUGMENT[task.augment], jax.eval_shape(jax.random.key, 0), splits.train.x)
     classes = jnp.issubdtype(y.dtype, jnp.integer)
     size, batch = len(y), experiment.task.batch_size
     if batch > size and not experiment.train.full_batch:
         raise ValueError(f"training: task.batch_size is {batch}; the training split has {size} examples.")
-    num_outputs = int(y.max()) + 1 if classes else 1
-    return Problem(experiment, splits.train.x.shape[1:], num_outputs, y.ndim > 1)
+    num_outputs = int(y.max()) + 1 if classes else math.prod(y.shape[1:])
+    return Problem(experiment, splits.train.x.shape[1:], num_outputs, bool(classes) and y.ndim > 1)
 
 
 def loss_and_score(logits: Array, y: Array) -> Scores:
-    """Mean loss and score of predictions (..., outputs) for targets (...); a class below 0 is not asked for."""
+    """Mean loss and score of predictions (..., outputs).
+
+    Targets: classes (...), of which one below 0 is not asked for; numbers (...) of a regression with one output, or
+    (..., outputs).
+    """
     if jnp.issubdtype(y.dtype, jnp.integer):
         asked = y >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
         right = (jnp.argmax(logits, -1) == y).astype(jnp.float32)
         return Scores(jnp.mean(losses, where=asked), jnp.mean(right, where=asked))
-    residual = jnp.mean(jnp.square(logits[..., 0] - y))
-    return Scores(residual, 1 - residual / jnp.maximum(jnp.var(y), jnp.finfo(y.dtype).tiny))
+    several = y.ndim == logits.ndim
+    residual = jnp.mean(jnp.square((logits if several else logits[..., 0]) - y))
+    variance = jnp.mean(jnp.var(y, axis=0)) if several else jnp.var(y)
+    return Scores(residual, 1 - residual / jnp.maximum(variance, jnp.finfo(y.dtype).tiny))
 
 
 def _model(hparams: HParams, problem: Problem) -> tuple[Any, Experiment]:
@@ -120,6 +130,8 @@ def init(key: Array, hparams: HParams, data: Splits, problem: Problem) -> State:
     params_key, dropout_key = jax.random.split(key)
     first = _batch(key, jnp.zeros((), jnp.int32), data, experiment)
     variables = model.init({"params": params_key, "dropout": dropout_key}, first.x, train=True)
+    if experiment.train.pretrain != "none":
+        variables = pretraining.pretrain(jax.random.fold_in(key, 4), variables, data.train, experiment)
     none = jnp.full((), -1, jnp.int32)
     return State(variables, _optimizer(experiment).init(variables["params"]), key, jnp.zeros((), jnp.int32), none)
 
@@ -149,6 +161,9 @@ def _batch(key: Array, count: Array, data: Splits, experiment: Experiment) -> Sp
 def _train_step(state: State, model: Any, experiment: Experiment, data: Splits, problem: Problem) -> tuple:
     tx = _optimizer(experiment)
     batch = _batch(state.key, state.count, data, experiment)
+    if experiment.task.augment != "none":
+        varied = jax.random.fold_in(jax.random.fold_in(state.key, 3), state.count)
+        batch = batch._replace(x=tasks.AUGMENT[experiment.task.augment](varied, batch.x))
     if problem.batch_sharding is not None:
         batch = lax.with_sharding_constraint(batch, problem.batch_sharding)
     params, rest = state.variables["params"], {k: v for k, v in state.variables.items() if k != "params"}

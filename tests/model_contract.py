@@ -18,7 +18,7 @@ def build(name, num_outputs=10, per_step=False, **settings):
 
 
 def init(model, key, x):
-    return model.init({"params": key, "dropout": key}, x, train=True)
+    return jax.jit(lambda key, x: model.init({"params": key, "dropout": key}, x, train=True))(key, x)
 
 
 def apply(model, variables, x, key, train=True):
@@ -62,7 +62,8 @@ def check_contract(model, x, key, y=None, *, tolerance=1e-5):
     assert out.shape == (x.shape[0], model.num_outputs)
     if getattr(model, "dropout", None) is None:  # its masks are drawn from other keys
         np.testing.assert_allclose(out, wanted[:, -1] if per_step else wanted, atol=tolerance, rtol=tolerance)
-    seen = signals(links, h0, loss=lambda logits: training.loss_and_score(logits, last).loss)
+    loss = lambda logits: training.loss_and_score(logits, last).loss
+    seen = jax.jit(lambda h0: signals(links, h0, loss=loss))(h0)  # op by op it takes three times as long
     assert seen.log_activation_rms.shape[0] == check_step(links, h0) + 1
     assert bool(jnp.isfinite(seen.log_cotangent_rms[1:]).all())
 

@@ -16,6 +16,7 @@ from gradjax import meanfield
 from gradjax.activations import (
     ACTIVATIONS,
     KINKS,
+    SLOPES,
     derivative,
     gaussian_mean,
     phi_pair,
@@ -52,6 +53,7 @@ def mp_sigmoid(x):
 
 SELU = (mpmath.mpf("1.0507009873554804934193349852946"), mpmath.mpf("1.6732632423543772848170429916717"))
 GELU = mpmath.sqrt(2 / mpmath.pi)
+TAILORED = SLOPES["tailored_relu"]
 MP = {  # (phi, phi') in multi-precision
     "linear": (lambda x: x, lambda x: mpmath.mpf(1)),
     "tanh": (mpmath.tanh, lambda x: mpmath.sech(x) ** 2),
@@ -60,6 +62,8 @@ MP = {  # (phi, phi') in multi-precision
     "sigmoid": (mp_sigmoid, lambda x: mp_sigmoid(x) * mp_sigmoid(-x)),
     "relu": (lambda x: max(x, 0), lambda x: mpmath.mpf(x > 0)),
     "leaky_relu": (lambda x: x if x > 0 else x / 100, lambda x: 1 if x > 0 else mpmath.mpf(1) / 100),
+    "prelu": (lambda x: x if x > 0 else x / 4, lambda x: 1 if x > 0 else mpmath.mpf(1) / 4),
+    "tailored_relu": (lambda x: TAILORED[x > 0] * x, lambda x: mpmath.mpf(TAILORED[x > 0])),
     "elu": (lambda x: x if x > 0 else mpmath.expm1(x), lambda x: 1 if x > 0 else mpmath.exp(x)),
     "selu": (
         lambda x: SELU[0] * (x if x > 0 else SELU[1] * mpmath.expm1(x)),
@@ -145,6 +149,8 @@ def _numpy(name):
         "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
         "relu": lambda x: np.maximum(x, 0),
         "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+        "prelu": lambda x: np.where(x > 0, x, 0.25 * x),
+        "tailored_relu": lambda x: np.where(x > 0, TAILORED[1], TAILORED[0]) * x,
         "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
         "selu": lambda x: float(SELU[0]) * np.where(x > 0, x, float(SELU[1]) * np.expm1(np.minimum(x, 0))),
         "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),

@@ -35,6 +35,7 @@ def test_a_remedy_changes_some_network_and_is_refused_with_a_reason_by_the_other
     sick = {
         "no_norm": network("mlp", **{"model.normalization": "batchnorm"}),
         "normalize_inputs": config.replace(NETWORKS["mlp"], {"task.normalize": "none"}),
+        "adam": config.replace(NETWORKS["mlp"], {"optimizer.name": "sgd"}),
         "pretrain_rbm": network("mlp", **{"model.activation": "sigmoid"}),
         "pre_norm": network("transformer", **{"model.placement": "post"}) if "transformer" in NETWORKS else None,
     }

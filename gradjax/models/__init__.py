@@ -13,10 +13,37 @@ Initialise on a real batch: `weights = "lsuv"` looks at it.
 import dataclasses
 from typing import Any
 
+from gradjax.models.alexnet import AlexNet
+from gradjax.models.circular import CircularCNN
+from gradjax.models.densenet import DenseNet
+from gradjax.models.graph import GCN
+from gradjax.models.inception import Inception
 from gradjax.models.layers import fields_of
+from gradjax.models.lenet import LeNet5
 from gradjax.models.mlp import MLP
+from gradjax.models.recurrent import Recurrent
+from gradjax.models.resnet import ResNet
+from gradjax.models.transformer import Transformer
+from gradjax.models.vgg import VGG
 
-MODELS: dict[str, tuple[Any, dict[str, Any]]] = {"mlp": (MLP, {})}
+_NO_GATES = {"forget_bias": None, "chrono": None}
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mlp": (MLP, {}),
+    "rnn": (Recurrent, {"cell": "rnn", **_NO_GATES}),
+    "orthogonal_rnn": (Recurrent, {"cell": "orthogonal_rnn", "weights": "gaussian", **_NO_GATES}),
+    "lstm": (Recurrent, {"cell": "lstm"}),
+    "gru": (Recurrent, {"cell": "gru"}),
+    "minimal_rnn": (Recurrent, {"cell": "minimal_rnn"}),
+    "transformer": (Transformer, {}),
+    "lenet5": (LeNet5, {}),
+    "alexnet": (AlexNet, {}),
+    "vgg": (VGG, {}),
+    "resnet": (ResNet, {}),
+    "densenet": (DenseNet, {}),
+    "inception": (Inception, {}),
+    "circular_cnn": (CircularCNN, {}),
+    "gcn": (GCN, {}),
+}
 
 
 def build(config: Any, num_outputs: int, per_step: bool = False) -> Any:
@@ -38,7 +65,7 @@ def build(config: Any, num_outputs: int, per_step: bool = False) -> Any:
             f"{', '.join(name for name, (m, _) in MODELS.items() if 'per_step' in m.__dataclass_fields__)}."
         )
     more = {"per_step": per_step} if sequential else {}
-    return model(num_outputs=num_outputs, **fields_of(model, config), **fixed, **more)
+    return model(num_outputs=num_outputs, **{**fields_of(model, config), **fixed}, **more)
 
 
 def unused(config: Any) -> list[str]:

@@ -4,9 +4,11 @@
 
 Each part is named as `gradjax.config.Model` names the setting that chooses it, and every float may be traced.
 `weights = "lsuv"` scales an orthogonal W by the data that the module is initialised on (Mishkin & Matas 2016, arXiv
-1511.06422, one step of algorithm 1: unit variance of z), so initialise on a real batch.
+1511.06422, algorithm 1, whose iteration a linear map ends at once): W h has variance sigma_w^2, 1 in the paper. So
+initialise on a real batch.
 `weight_standardization` (Qiao et al. 2019, arXiv 1903.10520, eq. 4; with the scale 1 / sqrt(fan_in) of Brock et al.
-2021, arXiv 2101.08692, eq. 5) subtracts from each unit's incoming weights their mean and divides by their deviation.
+2021, arXiv 2101.08692, eq. 5) subtracts from each unit's incoming weights their mean and divides by their deviation;
+sigma_w is then a fixed factor, Brock's gain gamma.
 """
 
 import math
@@ -18,14 +20,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gradjax.activations import ACTIVATIONS
+from gradjax.activations import at_depth
 from gradjax.initializers import WEIGHTS, bias
 
 NORMALIZATIONS = ("none", "batchnorm", "layernorm", "rmsnorm")
 
 
 def weight(module: nn.Module, h: Array, shape: tuple[int, ...], apply: Callable[[Array, Array], Array]) -> Array:
-    """The kernel of an affine map `apply(h, kernel)` as the module's fields ask for it."""
+    """The kernel of an affine map `apply(h, kernel)` as the module's fields ask for it.
+
+    Raises:
+      ValueError: LSUV of weights whose scale is standardised away.
+    """
+    if module.weights == "lsuv" and module.weight_standardization:  # type: ignore[attr-defined]
+        raise ValueError(
+            "models: model.weights = 'lsuv' sets the scale of the weights, and model.weight_standardization takes it "
+            "away again; choose one of the two."
+        )
     draw = WEIGHTS[module.weights](module.sigma_w)  # type: ignore[attr-defined]
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -35,7 +46,9 @@ def weight(module: nn.Module, h: Array, shape: tuple[int, ...], apply: Callable[
         return kernel * module.sigma_w / jnp.maximum(jnp.std(apply(h, kernel)), 1e-6)  # type: ignore[attr-defined]
 
     kernel = module.param("kernel", init, shape)
-    return standardized(kernel) if module.weight_standardization else kernel  # type: ignore[attr-defined]
+    if not module.weight_standardization:  # type: ignore[attr-defined]
+        return kernel
+    return jnp.asarray(module.sigma_w, kernel.dtype) * standardized(kernel)  # type: ignore[attr-defined]
 
 
 def standardized(kernel: Array) -> Array:
@@ -47,20 +60,25 @@ def standardized(kernel: Array) -> Array:
 
 
 class Dense(nn.Module):
-    """z = W h + b over the last axis."""
+    """z = W h + b over the last axis; a `bias_start` is where every b begins, in place of the distribution."""
 
     width: int
     weights: str = "gaussian"
     sigma_w: float | Array = 1.0
     sigma_b: float | Array = 0.0
     weight_standardization: bool = False
+    use_bias: bool = True
+    bias_start: float | Array | None = None
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         """(..., fan_in) -> (..., width)."""
         kernel = weight(self, h, (h.shape[-1], self.width), jnp.matmul)
         z = h @ kernel
-        return z + jnp.broadcast_to(self.param("bias", bias(self.sigma_b), (self.width,)), z.shape)
+        if not self.use_bias:
+            return z
+        start = bias(self.sigma_b) if self.bias_start is None else nn.initializers.constant(self.bias_start)
+        return z + jnp.broadcast_to(self.param("bias", start, (self.width,)), z.shape)
 
 
 class Dropout(nn.Module):
@@ -76,16 +94,20 @@ class Dropout(nn.Module):
 
 
 class Activation(nn.Module):
-    """A function of `gradjax.activations` by name; `prelu` learns its negative slope from He 2015's start, 0.25."""
+    """A function of `gradjax.activations` by name; `prelu` learns its negative slope from He 2015's start, 0.25.
+
+    `depth`, the number of layers in a row that the network has of it, is what `tailored_relu` is tailored to.
+    """
 
     name_of: str
+    depth: int | None = None
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
         """phi(z), elementwise."""
         if self.name_of == "prelu":
             return nn.PReLU(negative_slope_init=0.25, name="prelu")(z)
-        return ACTIVATIONS[self.name_of](z)
+        return at_depth(self.name_of, self.depth).phi(z)
 
 
 def normalize(kind: str, z: Array, train: bool) -> Array:

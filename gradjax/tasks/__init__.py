@@ -4,13 +4,15 @@
     batch = batch_at(splits.train, key, step, batch_size=64)
 
 The permutation that cuts the splits is a function of the key alone: the test split does not move when the
-share for validation changes. `digits` needs no network; MNIST and Fashion-MNIST are read from the folder in
-GRADJAX_DATA_DIR, from the cache, or downloaded, and are refused unless their bytes have the pinned sha256.
+share for validation changes. `digits`, `passage` and what is generated need no network; MNIST, Fashion-MNIST and
+Shakespeare are read from the folder in GRADJAX_DATA_DIR, from the cache, or downloaded, and are refused unless their
+bytes have the pinned sha256.
 
-Not covered: augmentation, streaming, data that do not fit in memory.
+Not covered: streaming, data that do not fit in memory.
 """
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,15 +21,77 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gradjax.tasks import files, images
+from gradjax.tasks import files, graphs, images, sequences, teacher, text
+from gradjax.tasks.augment import AUGMENT as AUGMENT
 from gradjax.tasks.batches import Split as Split
 from gradjax.tasks.batches import batch_at as batch_at
 from gradjax.tasks.files import Check as Check
 from gradjax.tasks.files import DataError as DataError
+from gradjax.tasks.images import Source
 
-TASKS = {"digits": images.digits, "mnist": images.mnist, "fashion_mnist": images.fashion_mnist}
+
+def _by_pixel(source: Source) -> Source:
+    test = source.test and (sequences.by_pixel(source.test[0]), source.test[1])
+    return source._replace(x=sequences.by_pixel(source.x), test=test)
+
+
+def _arrays(x: Array, y: Array) -> Source:
+    return Source(np.asarray(x), np.asarray(y))
+
+
+# name -> (description, (key, seq_len) -> the examples)
+TASKS: dict[str, tuple[str, Callable[[Array, int], Source]]] = {
+    "digits": (images.DESCRIPTIONS["digits"], lambda key, seq_len: images.digits()),
+    "mnist": (images.DESCRIPTIONS["mnist"], lambda key, seq_len: images.mnist()),
+    "fashion_mnist": (images.DESCRIPTIONS["fashion_mnist"], lambda key, seq_len: images.fashion_mnist()),
+    "sequential_digits": (
+        "the digits pixel by pixel, 64 steps",
+        lambda key, seq_len: _by_pixel(images.digits()),
+    ),
+    "sequential_mnist": (
+        "MNIST pixel by pixel, 784 steps",
+        lambda key, seq_len: _by_pixel(images.mnist()),
+    ),
+    "adding": (
+        "sum of two marked numbers of a sequence, a regression",
+        lambda key, seq_len: Source(*sequences.adding(key, seq_len)),
+    ),
+    "copy_memory": (
+        "ten symbols, to be said again after seq_len blanks",
+        lambda key, seq_len: Source(*sequences.copy_memory(key, seq_len)),
+    ),
+    "copy_symbol": (
+        "one symbol, to be said again after seq_len blanks",
+        lambda key, seq_len: Source(*sequences.copy_symbol(key, seq_len)),
+    ),
+    "temporal_order": (
+        "in which order two symbols came among distractors, 4 classes",
+        lambda key, seq_len: Source(*sequences.temporal_order(key, seq_len)),
+    ),
+    "keyword_spotting": (
+        "synthetic spectra of ten words at a random time in noise",
+        lambda key, seq_len: Source(*sequences.keyword_spotting(key, seq_len)),
+    ),
+    "shakespeare": (
+        "1.1 million characters of plays, the next one to be told at every step",
+        lambda key, seq_len: Source(*text.shakespeare(seq_len)),
+    ),
+    "passage": (
+        "the first 2,168 characters of Moby-Dick, to be learned by heart",
+        lambda key, seq_len: Source(*text.passage(seq_len)),
+    ),
+    "communities": (
+        "nodes of a random graph, to be told apart by their community",
+        lambda key, seq_len: _arrays(*graphs.communities(key)),
+    ),
+    "teacher": (
+        "a random 1000-100-10 network to be learned, a regression",
+        lambda key, seq_len: _arrays(*teacher.teacher(key)),
+    ),
+}
+_FOLDERS = {"shakespeare": "text", "sequential_mnist": "mnist"}  # of the tasks that are named otherwise
+_PACKAGES = {"digits": "scikit-learn", "sequential_digits": "scikit-learn", "passage": "gradjax"}
 NORMALIZE = ("standard", "none")
-AUGMENT = ("none",)
 
 
 class Splits(NamedTuple):
@@ -46,25 +110,37 @@ class Entry(NamedTuple):
     place: str | None
 
 
-def load(name: str, key: Array, *, validation: float = 0.15, test: float = 0.15, normalize: str = "standard") -> Splits:
-    """Read a data set and cut it into training, validation and test split.
+def load(
+    name: str,
+    key: Array,
+    *,
+    validation: float = 0.15,
+    test: float = 0.15,
+    normalize: str = "standard",
+    seq_len: int = 100,
+) -> Splits:
+    """Read or generate a data set and cut it into training, validation and test split.
 
     `standard` subtracts one mean and divides by one standard deviation, both scalars over all features of the
-    TRAINING split alone, so that q_0 = |x|^2 / n is about 1 and dead pixels stay finite.
+    TRAINING split alone, so that q_0 = |x|^2 / n is about 1 and dead pixels stay finite. It acts on images, also pixel
+    by pixel; what is generated comes in the units of its definition, and tokens stay tokens.
 
     Args:
       name: a name in `TASKS`.
-      key: PRNG key that decides which example falls into which split, and nothing else.
+      key: PRNG key that decides which example falls into which split, and what is generated.
       validation: share of the examples kept for validation, in [0, 1). 0.15: the usual 70/15/15.
       test: the same for the test. A data set with an official test set (MNIST, Fashion-MNIST) keeps that one,
         ignores this share, and takes `validation` from its official training set.
       normalize: "standard", or "none": pixels in [0, 1].
+      seq_len: steps of the sequences that have no length of their own, blanks of copy memory.
 
     Returns:
-      Splits with x float32 of shape (examples, features) and y int32 of shape (examples,).
+      Splits with x float32 of shape (examples, features) or (examples, steps, features), or int32 tokens (examples,
+      steps), and y int32 classes or float32 values of shape (examples,) or (examples, steps); a class of -1 is not
+      asked for.
 
     Raises:
-      ValueError: an unknown name, or shares that leave nothing to train on.
+      ValueError: an unknown name, shares that leave nothing to train on, or a seq_len that the task has no room in.
       DataError: files that are missing and cannot be downloaded, or whose bytes are not the pinned ones.
 
     >>> splits = load("digits", jax.random.key(0))
@@ -78,7 +154,7 @@ def load(name: str, key: Array, *, validation: float = 0.15, test: float = 0.15,
             f"tasks: validation={validation} and test={test} leave nothing to train on; needed: shares of the "
             f"examples, each in [0, 1), with a sum below 1."
         )
-    source = TASKS[name]()
+    source = TASKS[name][1](jax.random.fold_in(key, 1), seq_len)
     order = np.asarray(jax.random.permutation(key, len(source.y)))
     num_test = 0 if source.test else round(test * len(order))
     num_held = num_test + round(validation * len(order))
@@ -88,16 +164,22 @@ def load(name: str, key: Array, *, validation: float = 0.15, test: float = 0.15,
             f"tasks: validation={validation} and test={test} leave none of the {len(order)} examples of "
             f"{name} to train on; lower them."
         )
-    parts = [(source.x[part], source.y[part]) for part in (kept, order[num_test:num_held], held_out)]
+    x, y = np.asarray(source.x), np.asarray(source.y)
+    parts = [(x[part], y[part]) for part in (kept, order[num_test:num_held], held_out)]
     if source.test:
         parts[2] = source.test
-    mean, std = 0.0, source.full_scale
-    if normalize == "standard":
-        train = parts[0][0]
-        mean = train.mean(dtype=np.float64)
-        # einsum sums in buffers: no float64 copy of the data
-        std = np.sqrt(np.einsum("ij,ij->", train, train, dtype=np.float64) / train.size - mean**2)
-    return Splits(*(Split(_scaled(x, mean, std), jnp.asarray(y, jnp.int32)) for x, y in parts))
+    if source.full_scale is not None:
+        mean, std = _moments(parts[0][0]) if normalize == "standard" else (0.0, source.full_scale)
+        parts = [(_scaled(x, mean, std), y) for x, y in parts]
+    of_y = jnp.int32 if np.issubdtype(y.dtype, np.integer) else jnp.float32
+    return Splits(*(Split(jnp.asarray(x), jnp.asarray(y, of_y)) for x, y in parts))
+
+
+def _moments(x: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of all entries."""
+    flat, mean = x.reshape(len(x), -1), x.mean(dtype=np.float64)
+    # einsum sums in buffers: no float64 copy of the data
+    return mean, np.sqrt(np.einsum("ij,ij->", flat, flat, dtype=np.float64) / x.size - mean**2)
 
 
 def fetch(name: str) -> list[Path]:
@@ -112,7 +194,8 @@ def fetch(name: str) -> list[Path]:
       DataError: no mirror answers with the pinned bytes.
     """
     _known("data set", name, TASKS)
-    return [files.fetch(name, file) for file in files.pinned(name)]
+    folder = _FOLDERS.get(name, name)
+    return [files.fetch(folder, file) for file in files.pinned(folder)]
 
 
 def verify(name: str) -> list[Check]:
@@ -122,16 +205,19 @@ def verify(name: str) -> list[Check]:
       One (file, sha256 found, ok) per file; sha256 is None where the file is missing.
     """
     _known("data set", name, TASKS)
-    return [files.verify(name, file) for file in files.pinned(name)]
+    folder = _FOLDERS.get(name, name)
+    return [files.verify(folder, file) for file in files.pinned(folder)]
 
 
 def available() -> list[Entry]:
     """Every data set, with the folder of its files or None where they are still to be fetched."""
     rows = []
-    for name, description in images.DESCRIPTIONS.items():
-        paths = [files.find(name, file) for file in files.pinned(name)]
-        missing = None in paths
-        place = None if missing else str(paths[0].parent) if paths and paths[0] else "comes with scikit-learn"
+    for name, (description, _) in TASKS.items():
+        folder = _FOLDERS.get(name, name)
+        paths = [files.find(folder, file) for file in files.pinned(folder)]
+        place = f"comes with {_PACKAGES[name]}" if name in _PACKAGES else "is generated"
+        if paths:
+            place = None if None in paths else str(paths[0].parent)  # type: ignore[union-attr]
         rows.append(Entry(name, description, place))
     return rows
 
@@ -143,5 +229,5 @@ def _known(what: str, name: str, options) -> None:
         raise ValueError(f"tasks: {what} {name!r} is unknown; known: {', '.join(options)}{hint}")
 
 
-def _scaled(x: np.ndarray, mean: float, std: float) -> Array:
-    return jnp.asarray((x.astype(np.float32) - np.float32(mean)) / np.float32(std))
+def _scaled(x: np.ndarray, mean: float, std: float) -> np.ndarray:
+    return (x.astype(np.float32) - np.float32(mean)) / np.float32(std)

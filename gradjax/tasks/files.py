@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 VARIABLE = "GRADJAX_DATA_DIR"
 
+# Folders of .gz files, or the one file itself, unpacked.
 _MIRRORS = {
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -23,6 +24,7 @@ _MIRRORS = {
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
     ),
+    "text": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
 }
 # Order: training images, training labels, test images, test labels.
 _SHA256 = {
@@ -40,6 +42,7 @@ _SHA256 = {
         "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
         "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     },
+    "text": {"tinyshakespeare.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
 }
 
 
@@ -124,7 +127,8 @@ def _download(dataset: str, file: str) -> Path:
     for mirror in _MIRRORS[dataset]:
         host = mirror.split("/")[2]
         try:
-            path = Path(pooch.retrieve(f"{mirror}{file}.gz", None, fname=f"{file}.gz", path=folder))
+            url, fname = (f"{mirror}{file}.gz", f"{file}.gz") if mirror.endswith("/") else (mirror, file)
+            path = Path(pooch.retrieve(url, None, fname=fname, path=folder))
         except OSError as error:  # requests' exceptions are OSErrors
             reasons.append(f"{host}: {type(error).__name__}")
             continue

@@ -20,11 +20,11 @@ DESCRIPTIONS = {
 
 
 class Source(NamedTuple):
-    """A data set before it is split: x uint8 (examples, features), y (examples,), white = full_scale."""
+    """A data set before it is split: x (examples, ...), y (examples, ...); of uint8 images the value of white."""
 
     x: np.ndarray
     y: np.ndarray
-    full_scale: float
+    full_scale: float | None = None  # None: x is what the network sees
     test: tuple[np.ndarray, np.ndarray] | None = None
 
 

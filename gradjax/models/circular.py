@@ -1,0 +1,46 @@
+"""Convolutional network on a torus, the one that mean field theory is exact for (Xiao et al. 2018, arXiv 1806.05393).
+
+    h_1 = phi(norm(W_0 * x + b_0)),   h_{l+1} = phi(norm(W_l * h_l + b_l)),   logits = V mean over pixels(h_L) + c
+
+3x3 convolutions with circular padding and `width` channels throughout, so that every pixel sees the same: lengths and
+gradients grow per layer as those of an MLP, with fan_in = 9 width. `depth` counts h_1 .. h_L; the L - 1 equal layers
+are one scan. With delta-orthogonal weights, sigma_w = 1, no biases and linear phi each of these is an exact isometry.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from jax import Array
+
+from gradjax.models.convolution import ConvLayer, Part, Readout, forward, links_of, part
+from gradjax.step import Links
+
+PyTree = Any
+
+
+class CircularCNN(nn.Module):
+    """`depth` circular convolutions of `width` channels and a linear read-out of the mean pixel."""
+
+    num_outputs: int
+    depth: int
+    width: int
+    activation: str = "tanh"
+    sigma_w: float | Array = 1.0
+    sigma_b: float | Array = 0.0
+    weights: str = "gaussian"
+    weight_standardization: bool = False
+    normalization: str = "none"
+
+    def _parts(self) -> list[Part]:
+        own = {"features": self.width, "padding": "circular"}
+        hidden = [part("stage", self, ConvLayer, self.depth - 1, **own)] if self.depth > 1 else []
+        return [part("embed", self, ConvLayer, flat=True, **own), *hidden, part("readout", self, Readout)]
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Logits (batch, num_outputs) of flat images (batch, features)."""
+        return forward(self._parts(), x, train)
+
+    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
+        """Embedding, one `Scan` of the equal layers, read-out; see `gradjax.models.convolution.links_of`."""
+        return links_of(self._parts(), variables, x, key)
