@@ -41,6 +41,7 @@ def tailored_slope(network: int | Callable[[Callable[[float], float]], float], e
     >>> round(tailored_slope(50), 4), tailored_slope(2)
     (0.4305, 0.0)
     """
+
     def layers(f: Callable[[float], float]) -> float:
         return functools.reduce(lambda c, _: f(c), range(network), 0.0) if isinstance(network, int) else network(f)
 

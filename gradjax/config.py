@@ -57,8 +57,8 @@ class Model:
     sigma_b: float = _field(0.05**0.5, within="[0, 1e18]")
     """Var b = sigma_b^2. Default: sqrt(0.05) (Schoenholz 2017)."""
     weights: str = _field("gaussian", options="gradjax.initializers:WEIGHTS")
-    """Distribution of the weights, times sigma_w: gaussian (Poole 2016), orthogonal (Saxe 2013) ...; an unknown name
-    lists them."""
+    """Distribution of the weights, times sigma_w: gaussian (Poole 2016), orthogonal (Saxe 2013), he_normal (He 2015, at
+    sigma_w = 1) ...; an unknown name lists them."""
     residual: bool = False
     """h + residual_scale * f(h) instead of f(h) (He 2015)."""
     residual_scale: float = _field(1.0, within="[0, 1e18]")
@@ -76,7 +76,7 @@ class Model:
     placement: str = _field("pre", options=("pre", "post", "deepnorm"))
     """Norm of a transformer: pre (on the branch), post (after the sum, Vaswani 2017), or deepnorm (Wang 2022)."""
     weight_standardization: bool = False
-    """Standardised incoming weights of each unit (Qiao 2019)."""
+    """Standardised incoming weights of each unit, times sigma_w (Qiao 2019; Brock 2021's gain)."""
     dropout: float | None = _field(None, within="[0, 1)")
     """Rate of dropout after each hidden layer (Srivastava 2014); None: no dropout layer at all."""
     dropout_on: str = _field("all", options=("all", "last"))

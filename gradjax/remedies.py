@@ -58,12 +58,12 @@ def _with(experiment: Experiment, values: dict[str, Any]) -> Experiment:
 
 
 def critical_point(activation: str, sigma_b: float) -> tuple[float, float]:
-    """(sigma_w, sigma_b) at which chi_1 = 1, at the config's own bias if there is one, else at the smallest tried."""
+    """(sigma_w, sigma_b) with chi_1 = 1 at a stable length: at the config's own bias, or at another one that has it."""
     from gradjax import meanfield
 
-    for bias in dict.fromkeys((sigma_b, 0.0, 0.05**0.5, 0.5, 1.0)):
+    for bias in dict.fromkeys((sigma_b, 0.0, 0.05**0.5, 0.5, 0.8, 1.0)):
         sigma_w = float(meanfield.critical_sigma_w(bias, activation))
-        if math.isfinite(sigma_w) and (bias or math.isfinite(float(meanfield.q_star(sigma_w, 0.0, activation)))):
+        if math.isfinite(sigma_w) and abs(float(meanfield.chi_1(sigma_w, bias, activation)) - 1.0) < 1e-2:
             return sigma_w, bias
     raise NotApplicable(f"{activation} has no critical point")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradjax import config, models, remedies
+from gradjax import config, meanfield, models, remedies
 from gradjax.config import ConfigError, Experiment
 from gradjax.remedies import ADVICE, REMEDIES, NotApplicable
 from gradjax.rules import CAUSAL
@@ -82,6 +82,17 @@ def test_critical_init_is_the_critical_point():
     assert treated.model.sigma_w**2 == pytest.approx(1.76095, rel=1e-4)  # Schoenholz 2017 at sigma_b^2 = .05
     relu = config.replace(Experiment(), {"model.activation": "relu", "model.sigma_b": 0.0})
     assert remedies.apply("critical_init", relu).model.sigma_w == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "silu", "elu", "sigmoid", "prelu"])
+def test_the_critical_point_keeps_its_length(activation):
+    sigma_w, sigma_b = remedies.critical_point(activation, 0.1)
+    assert float(meanfield.chi_1(sigma_w, sigma_b, activation)) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_softplus_has_no_critical_point():
+    with pytest.raises(NotApplicable, match="softplus has no critical point"):
+        remedies.critical_point("softplus", 0.1)
 
 
 def test_what_cannot_apply_says_why():

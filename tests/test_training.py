@@ -8,6 +8,7 @@ import pytest
 
 from gradjax import config, tasks, training
 from gradjax.tasks import Split, Splits
+from gradjax.tasks.teacher import teacher
 
 SMALL = {
     "model.depth": 2, "model.width": 16, "model.activation": "relu", "task.batch_size": 16,
@@ -107,7 +108,7 @@ def test_regression_and_sequences(sequence):
     x = jax.random.normal(key, (400, 5, 4) if sequence else (400, 4))
     y = (x[..., 0] > 0).astype(jnp.int32) if sequence else x @ jnp.array([1.0, -2.0, 0.5, 0.0])
     data = Splits(Split(x[:300], y[:300]), Split(x[300:350], y[300:350]), Split(x[350:], y[350:]))
-    problem = training.problem_of(experiment(), data)
+    problem = training.problem_of(experiment(model__name="rnn" if sequence else "mlp"), data)
     assert problem.num_outputs == (2 if sequence else 1) and problem.features == x.shape[1:]
     start, chunk = compiled(problem, 400)
     _, record = chunk(start(jax.random.split(key, 1), {}, data), {}, data)
@@ -115,6 +116,36 @@ def test_regression_and_sequences(sequence):
     if not sequence:
         prediction = 0.0 * data.test.y[:, None] + data.test.y.mean()
         assert abs(float(training.loss_and_score(prediction, data.test.y).score)) < 1e-5  # the mean explains nothing
+
+
+def test_scores_of_targets_of_every_kind():
+    """R^2 over all outputs with each output's own mean; classes below 0 are not asked for; by hand."""
+    y = np.array([[1.0, 10.0], [3.0, 14.0]], np.float32)
+    found = training.loss_and_score(jnp.asarray(y + np.array([[1.0, 0.0]], np.float32)), jnp.asarray(y))
+    assert float(found.loss) == pytest.approx(0.5) and float(found.score) == pytest.approx(1 - 0.5 / 2.5)
+    means = jnp.broadcast_to(jnp.asarray(y.mean(0, keepdims=True)), y.shape)
+    assert float(training.loss_and_score(means, jnp.asarray(y)).score) == 0.0
+    one = training.loss_and_score(jnp.array([[1.0], [2.0]]), jnp.array([1.0, 4.0]))
+    assert float(one.loss) == 2.0 and float(one.score) == pytest.approx(1 - 2 / 2.25)
+    logits = jnp.log(jnp.array([[[0.9, 0.1], [0.2, 0.8]]]))
+    asked = training.loss_and_score(logits, jnp.array([[0, -1]], jnp.int32))
+    assert float(asked.loss) == pytest.approx(-np.log(0.9), rel=1e-6) and float(asked.score) == 1.0
+
+
+def test_several_outputs_are_one_regression():
+    """The teacher has 1000-100-10 units and standardised outputs, and a student of that shape learns some of it."""
+    x, y = teacher(jax.random.key(0), 1200)
+    assert x.shape == (1200, 1000) and y.shape == (1200, 10) and y.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.mean(y, 0), 0, atol=1e-5)
+    np.testing.assert_allclose(jnp.std(y, 0), 1, rtol=1e-5)
+    parts = (slice(0, 1000), slice(1000, 1100), slice(1100, 1200))
+    data = Splits(*(Split(x[part], y[part]) for part in parts))
+    problem = training.problem_of(experiment(model__depth=1, model__width=100, model__activation="tanh"), data)
+    assert problem.num_outputs == 10 and not problem.per_step and problem.features == (1000,)
+    start, chunk = compiled(problem, 100)
+    state, record = chunk(start(jax.random.split(jax.random.key(1), 1), {}, data), {}, data)
+    assert state.variables["params"]["readout"]["kernel"].shape == (1, 100, 10)
+    assert record.score[0, -1] > 0.5 > record.score[0, 0] and 0.1 < record.validation.score[0] < 0.9
 
 
 @pytest.mark.slow

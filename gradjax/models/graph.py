@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gradjax.models.convolution import Readout, Stack, settings
+from gradjax.models.convolution import Stack, settings
 from gradjax.models.layers import Activation, Dense, Skip, normalize
 from gradjax.step import Links, Scan
 
@@ -92,7 +92,7 @@ class GCN(nn.Module):
             layer = lambda **where: settings(self, Layer, first=False, **where)
             state = Stack(layer, self.depth - 1, name="stage")(state, train)
         h = state[1] if self.per_step else jnp.mean(state[1], -2)
-        return Readout(self.num_outputs, name="readout")(h, train)
+        return nn.Dense(self.num_outputs, kernel_init=nn.initializers.lecun_normal(), name="readout")(h)
 
     def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
         """The network in training mode as links, for `gradjax.step` and `gradjax.spectrum`.
@@ -120,7 +120,7 @@ class GCN(nn.Module):
 
         def readout(h, theta):
             h = h[..., -1, :] if self.per_step else jnp.mean(h, -2)
-            return Readout(self.num_outputs, parent=None).apply(theta["variables"], h, True)
+            return nn.Dense(self.num_outputs, parent=None).apply(theta["variables"], h)
 
         stack = {kind: tree["layers"] for kind, tree in own("stage").items()}
         thetas = {"graph": jnp.broadcast_to(graph, (self.depth - 1, *graph.shape)), "variables": stack}
