@@ -228,7 +228,7 @@ def _list_remedies() -> int:
 
     table = Table(title=f"{len(REMEDIES)} remedies", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("remedy", "what it changes", "for", "cost", "reference"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "remedy")
     for name, remedy in REMEDIES.items():
         table.add_row(name, remedy.what, ", ".join(remedy.fits), remedy.cost, remedy.reference)
     Console().print(table)

@@ -100,7 +100,7 @@ def test_what_is_no_image_is_refused(key):
 
 
 def test_training_batches_alone_are_varied(monkeypatch, key):
-    """At rate 0 on the full batch the loss stands still, unless each step varies its images; validation does not see it."""
+    """At rate 0 on the full batch the loss stands still, unless each step varies its images; validation stays."""
     digits = tasks.load("digits", key)
     base = {"model.depth": 1, "model.width": 8, "train.num_steps": 3, "train.eval_every": 3, "train.full_batch": True}
     experiment = config.replace(config.Experiment(), base | {"optimizer.learning_rate": 0.0, "task.augment": "flip"})

@@ -10,16 +10,17 @@ patches with a matrix: a patch gives a whole tile of outputs, so that the matrix
 output of the tile, is large enough to keep a core busy. Forward pass and gradient on one core, batch 128, time of
 XLA's convolution and of plain patches (one output each, im2col) over that of tiles:
 
-    LeNet-5, 28 x 28, 5 x 5 x 1 -> 6       XLA 3.8 (of 4 seeds under one vmap 5.2), im2col 3.8 (8.4)
-    LeNet-5, 14 x 14, 5 x 5 x 6 -> 16      XLA 2.2 (4.2),                           im2col 1.8 (3.0)
-    ResNet,  28 x 28, 3 x 3 x 16 -> 16     XLA 0.40,                                im2col 1.0
-    ResNet,  14 x 14, 3 x 3 x 32 -> 32     XLA 0.53 (1.2),                          im2col 1.2 (0.76)
-    ResNet,  7 x 7, 3 x 3 x 64 -> 64       XLA 0.37,                                im2col 0.6
+                                           XLA           im2col        (in brackets: 4 seeds under one vmap)
+    LeNet-5, 28 x 28, 5 x 5 x 1 -> 6       3.9  (5.2)    3.8  (8.4)
+    LeNet-5, 14 x 14, 5 x 5 x 6 -> 16      2.2  (4.2)    1.8  (3.0)
+    ResNet,  28 x 28, 3 x 3 x 16 -> 16     0.36          0.91
+    ResNet,  14 x 14, 3 x 3 x 32 -> 32     0.39          0.90
+    ResNet,  7 x 7,   3 x 3 x 64 -> 64     0.31          0.49
 
-so tiles serve 5x5 kernels of few channels, and XLA the others. A vmap over seeds turns XLA's into a grouped one (at 32
-channels 4 seeds take 4.5 times as long per seed as one alone): train wide convolutions one seed per lane on a CPU.
+so tiles serve 5 x 5 kernels of few channels, and XLA the others. A vmap over seeds turns XLA's into a grouped one (at
+32 channels 4 seeds take 4 times as long per seed as one alone): train wide convolutions one seed per lane on a CPU.
 
-Pooling is the maximum of four slices: XLA's windowed maximum takes 30 times as long, mostly for its gradient.
+Pooling is the maximum of four slices: XLA's windowed maximum takes 16 to 34 times as long, mostly for its gradient.
 
 Cost of analysis: a state has height x width x channels entries; spectra are for small images.
 """
@@ -41,7 +42,6 @@ from gradjax.step import Links, Scan
 PyTree = Any
 # Kernels of at least this side, with channels in times channels out up to this, are tiles on a CPU.
 TILED_SIDE, TILED_CHANNELS = 5, 96
-PADDINGS = ("same", "valid", "circular")
 
 
 # -- the convolution -------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class Stack(nn.Module):
     count: int
 
     @nn.compact
-    def __call__(self, h: Array, train: bool) -> Array:
+    def __call__(self, h: PyTree, train: bool) -> PyTree:
         """The state after all of them."""
         scanned = nn.scan(
             lambda layer, h, _: (layer(h, train), None),
@@ -303,7 +303,7 @@ def links_of(parts: Sequence[Part], variables: PyTree, x: Array, key: Array | No
     for index, (name, layer, count) in enumerate(parts):
         module = layer(parent=None)
         own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
-        theta = {"variables": {kind: tree["layers"] for kind, tree in own.items()} if count else own}
+        theta: Any = {"variables": {kind: tree["layers"] for kind, tree in own.items()} if count else own}
         if getattr(module, "dropout", None) is not None:
             if key is None:
                 raise ValueError("links: a network with dropout draws masks; pass key=jax.random.key(...).")
