@@ -220,18 +220,16 @@ def _cure(args: Sequence[str]) -> int:
 
 
 def _list_remedies() -> int:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from gradjax.remedies import REMEDIES
 
-    table = Table(title=f"{len(REMEDIES)} remedies", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("remedy", "what it changes", "for", "cost", "reference"):
-        table.add_column(heading, no_wrap=heading == "remedy")
+    console = Console(highlight=False)
     for name, remedy in REMEDIES.items():
-        table.add_row(name, remedy.what, ", ".join(remedy.fits), remedy.cost, remedy.reference)
-    Console().print(table)
+        console.print(f"[bold]{name:24}[/]{remedy.what}")
+        console.print(f"{'':24}for: {', '.join(remedy.fits) or 'no finding calls for it'}", soft_wrap=True)
+        console.print(f"{'':24}cost: {remedy.cost}; {remedy.reference}", soft_wrap=True)
+    console.print(f"{len(REMEDIES)} remedies; `gradjax cure CONFIG --remedies NAME,NAME+NAME` tries some of them")
     return 0
 
 
