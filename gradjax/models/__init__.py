@@ -46,6 +46,9 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+CONVOLUTIONAL = ("lenet5", "alexnet", "vgg", "resnet", "densenet", "inception", "circular_cnn")
+
+
 def build(config: Any, num_outputs: int, per_step: bool = False) -> Any:
     """The module of a `gradjax.config.Model`.
 
