@@ -87,7 +87,7 @@ def test_compared_members_are_those_of_a_sweep():
 
 @pytest.mark.slow
 def test_a_vanishing_network_is_cured_and_says_so():
-    sick = experiment(model__sigma_w=0.2, model__depth=10)
+    sick = experiment(model__sigma_w=0.2, model__depth=6, train__num_steps=300, train__eval_every=100)
     found = cure.find_cure(sick, ["critical_init", "l1", "forget_bias"], pairs=False)
     assert found.verdict.headline.startswith(("vanishing", "dead", "rank"))
     assert found.winner == "critical_init" and cure.cured(found)
