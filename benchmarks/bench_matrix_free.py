@@ -25,8 +25,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 import scipy.sparse.linalg
-from bench_spectrum import machine, row, tanh_step, write  # its neighbour in this folder
+from bench_spectrum import row, tanh_step  # its neighbours in this folder
 from jax import lax
 from matfree import decomp, eig
 
@@ -179,7 +180,7 @@ def markdown(rows, about, seconds):
         value = "-" if r["value"] is None else f"{r['value']:.2g} {r['unit']}".strip()
         met = {None: "", True: "yes", False: "**no**"}[r["met"]]
         lines.append(f"| {r['what']} | {value} | {r['goal'] or '-'} | {met} | {r['note']} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main():
@@ -189,15 +190,14 @@ def main():
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     args = parser.parse_args()
     n, depth = (512, 8) if args.quick else (2048, 32)
-    start, about = time.time(), machine()
+    start, about = time.time(), report.machine(numpy=np.__version__)
     found, milliseconds = top(n, depth, 3)
     found += block_cost(n, depth, 3) + torch_peer(n, depth, milliseconds)
     seconds = time.time() - start
     if args.json:
         print(json.dumps({"machine": about, "seconds": seconds, "rows": found}, indent=1))
     if args.write:
-        text = ", ".join(f"{k} {v}" if k != "cpu" else str(v) for k, v in about.items())
-        write("bench_matrix_free", markdown(found, text, seconds))
+        report.write("bench_matrix_free", markdown(found, report.in_words(about), seconds))
     print(f"{seconds:.0f} s")
 
 

@@ -19,7 +19,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 from jax import lax
 
 from gradjax import grading, spectrum
@@ -267,24 +267,6 @@ def torch_peer(quick):
     return rows
 
 
-def machine():
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def cpu_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
 def markdown(rows, about, seconds):
     lines = ["## Spectrum of the layer product", "", f"{about}; {seconds:.0f} s in all.", ""]
     lines += [
@@ -298,21 +280,7 @@ def markdown(rows, about, seconds):
         value = "-" if r["value"] is None else f"{r['value']:.2g} {r['unit']}".strip()
         goal = "-" if r["goal"] is None else f"{r['goal']:.2g}"
         lines.append(f"| {r['what']} | {value} | {goal} | {met[r['met']]} | {r['note']} |")
-    return "\n".join(lines) + "\n"
-
-
-def write(section, text):
-    """Put a section between its markers in RESULTS.md, where other benchmarks have theirs."""
-    file = HERE / "RESULTS.md"
-    old = file.read_text() if file.exists() else "# Benchmark results\n"
-    begin, end = f"<!-- {section} -->\n", f"<!-- /{section} -->\n"
-    if begin in old:
-        before, rest = old.split(begin)
-        old, after = before, rest.split(end)[1]
-    else:
-        after = ""
-        old += "\n"
-    file.write_text(old + begin + text + end + after)
+    return lines
 
 
 def main():
@@ -322,7 +290,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     args = parser.parse_args()
     start, rows = time.time(), []
-    about = machine()
+    about = report.machine(numpy=np.__version__)
     for part in (accuracy, speed, batch, deep, torch_peer):
         print(part.__name__, flush=True)
         rows += part(args.quick)
@@ -330,8 +298,7 @@ def main():
     if args.json:
         print(json.dumps({"machine": about, "seconds": seconds, "rows": rows}, indent=1))
     if args.write:
-        about = ", ".join(f"{k} {v}" if k != "cpu" else str(v) for k, v in about.items())
-        write("bench_spectrum", markdown(rows, about, seconds))
+        report.write("bench_spectrum", markdown(rows, report.in_words(about), seconds))
     print(f"{seconds:.0f} s")
 
 

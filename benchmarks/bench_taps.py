@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 from rich.console import Console
 from rich.table import Table
 
@@ -109,9 +110,9 @@ def rows(ready, times):
     for name, (_, trace, compile_, temporary, output) in ready.items():
         clock = {n: [t[0] for t in each] for n, each in times.items()}
         processor = {n: [t[1] for t in each] for n, each in times.items()}
-        over, goal = bt.ratio(clock, name, "gradient"), GOALS.get(name)
+        over, goal = report.ratio(clock[name], clock["gradient"]), GOALS.get(name)
         row = {"program": name, "ms": 1e3 * statistics.median(clock[name]), "over_gradient": over}
-        row |= {"processor_time_over_gradient": bt.ratio(processor, name, "gradient")}
+        row |= {"processor_time_over_gradient": report.ratio(processor[name], processor["gradient"])}
         row |= {"trace_seconds": trace, "compile_seconds": compile_, "temporary_mib": temporary, "output_mib": output}
         row |= {"goal": goal, "reached": None if goal is None else over["median"] <= goal}
         found.append(row)
@@ -131,11 +132,10 @@ COLUMNS = (
 
 
 def cells(row, yes, no):
-    text = lambda r: f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
     goal = "" if row["goal"] is None else f"{row['goal']}: {yes if row['reached'] else no}"
     memory = f"{row['temporary_mib']:.0f} + {row['output_mib']:.0f}"
     numbers = (f"{row['trace_seconds']:.2f}", f"{row['compile_seconds']:.2f}")
-    ratios = (text(row["over_gradient"]), text(row["processor_time_over_gradient"]))
+    ratios = (report.text(row["over_gradient"]), report.text(row["processor_time_over_gradient"]))
     return (row["program"], f"{row['ms']:.1f}", *ratios, *numbers, memory, goal)
 
 
@@ -150,16 +150,13 @@ def show(model, found, console):
 
 def write(result, about):
     """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
-    said = ", ".join(f"{k} {v}" for k, v in about.items())
+    said = report.in_words(about)
     lines = ["## Values and cotangents of every layer\n", f"`python benchmarks/bench_taps.py`: Linen MLP, {said}."]
     lines[-1] += " Ratios of times of one round: median [quartiles]; a probe returns every value and cotangent.\n"
     for model, found in result.items():
         lines += [f"**{model}**\n", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(cells(row, 'yes', '**no**'))} |" for row in found] + [""]
-    file, (begin, end) = bt.HERE / "RESULTS.md", (f"<!-- {x}bench_taps -->\n" for x in ("", "/"))
-    before, _, rest = file.read_text().partition(begin)
-    after = rest.partition(end)[2] if rest else ""
-    file.write_text(before.rstrip("\n") + "\n\n" + begin + "\n".join(lines) + "\n" + end + after)
+    report.write("bench_taps", lines)
 
 
 def main():
@@ -175,8 +172,7 @@ def main():
         result[name] = rows(*measure(make, depth, rounds, rng))
         if not args.json:
             show(name, result[name], console)
-    about = {"layers": f"{depth} x {WIDTH}", "batch": BATCH, "cores": os.cpu_count()}
-    about |= {"load": round(os.getloadavg()[0], 1), "rounds": rounds, "jax": jax.__version__}
+    about = report.machine(layers=f"{depth} x {WIDTH}", batch=BATCH, rounds=rounds)
     if args.json:
         print(json.dumps(about | {"models": result}, indent=1))
     if args.write:

@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import time
-from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 from rich.console import Console
 from rich.table import Table
 
 from gradjax import transforms as gt
 
-HERE = Path(__file__).parent
 GOALS = {
     "watch": ("none", 1.03),
     "watch, every 10": ("none", 1.03),
@@ -193,13 +192,6 @@ def measure(model, rounds, quick, rng):
     return times
 
 
-def ratio(times, name, over):
-    """Median and quartiles of the ratios within each round."""
-    values = [a / b for a, b in zip(times[name], times[over], strict=True)]
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "low": low, "high": high}
-
-
 def rows(times, quick):
     found = []
     for name, (_, peer) in variants(quick).items():
@@ -207,11 +199,11 @@ def rows(times, quick):
         row = {
             "rule": name,
             "ms_per_step": 1e3 * statistics.median(times[name]),
-            "over_none": ratio(times, name, "none"),
+            "over_none": report.ratio(times[name], times["none"]),
         }
-        row |= {"peer": peer, "over_peer": ratio(times, name, peer) if peer else None, "goal": goal, "goal_over": over}
-        row["reached"] = None if goal is None else ratio(times, name, over)["median"] <= goal
-        row["measured"] = None if goal is None else ratio(times, name, over)
+        row |= {"peer": peer, "over_peer": report.ratio(times[name], times.get(peer)), "goal": goal, "goal_over": over}
+        row["measured"] = None if goal is None else report.ratio(times[name], times[over])
+        row["reached"] = None if goal is None else row["measured"]["median"] <= goal
         found.append(row)
     return found
 
@@ -233,9 +225,9 @@ def show(model, found, console):
 
 def write(result, about):
     """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
-    text = ["## Training step with each rule\n", ", ".join(f"{k} {v}" for k, v in about.items()) + ". Ratios of times"]
+    text = ["## Training step with each rule\n", report.in_words(about) + ". Ratios of times"]
     text[-1] += " of one round: median [quartiles]. A load above the number of cores: other work ran beside it.\n"
-    cell = lambda r: f"{r['median']:.3f} [{r['low']:.2f}, {r['high']:.2f}]" if r else ""
+    cell = report.text
     for model, found in result.items():
         text += [f"**{model}**\n", "| rule | ms | over none | over Optax's nearest | goal |", "|---|---|---|---|---|"]
         for row in found:
@@ -245,11 +237,7 @@ def write(result, about):
                 goal = f"{row['measured']['median']:.3f} of {row['goal']} over {row['goal_over']}: {met}"
             text.append(f"| {row['rule']} | {row['ms_per_step']:.2f} | {cell(row['over_none'])} | {peer} | {goal} |")
         text.append("")
-    file, (begin, end) = HERE / "RESULTS.md", (f"<!-- {x}bench_transforms -->\n" for x in ("", "/"))
-    old = file.read_text() if file.exists() else "# Benchmark results\n"
-    before, _, rest = old.partition(begin)
-    after = rest.partition(end)[2] if rest else ""
-    file.write_text(before.rstrip("\n") + "\n\n" + begin + "\n".join(text) + "\n" + end + after)
+    report.write("bench_transforms", text)
 
 
 def main():
@@ -268,8 +256,7 @@ def main():
         result[model] = rows(measure(model, rounds, quick, rng), quick)
         if not args.json:
             show(model, result[model], console)
-    about = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "rounds": rounds}
-    about |= {"jax": jax.__version__, "optax": optax.__version__}
+    about = report.machine(rounds=rounds, optax=optax.__version__)
     if args.json:
         print(json.dumps(about | {"models": result}, indent=1))
     if args.write:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 from rich.console import Console
 from rich.table import Table
 
@@ -109,27 +110,16 @@ def measure(model, rounds, rng):
     return times
 
 
-def ratio(times, name, kind):
-    """Median and quartiles of the ratios to `none` within each round; kind 0: wall, 1: processor."""
-    low, middle, high = statistics.quantiles(
-        [a / b for a, b in zip(times[name][kind], times["none"][kind], strict=True)], n=4
-    )
-    return {"median": middle, "low": low, "high": high}
-
-
 def rows(times):
     found = []
     for name in VARIANTS:
         row = {"variant": name, "ms_per_step": 1e3 * statistics.median(times[name][0])}
-        row |= {"over_none": ratio(times, name, 0), "processor_time_over_none": ratio(times, name, 1)}
+        over = [report.ratio(*pair) for pair in zip(times[name], times["none"], strict=True)]
+        row |= {"over_none": over[0], "processor_time_over_none": over[1]}
         is_goal = name == OF_THE_GOAL
         row |= {"goal": GOAL if is_goal else None, "reached": row["over_none"]["median"] <= GOAL if is_goal else None}
         found.append(row)
     return found
-
-
-def text(r):
-    return f"{r['median']:.3f} [{r['low']:.2f}, {r['high']:.2f}]"
 
 
 def show(model, found, console):
@@ -138,14 +128,14 @@ def show(model, found, console):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in found:
         goal = "" if row["goal"] is None else f"{row['goal']}: " + ("[green]yes[/]" if row["reached"] else "[red]no[/]")
-        cells = (text(row["over_none"]), text(row["processor_time_over_none"]), goal)
+        cells = (report.text(row["over_none"]), report.text(row["processor_time_over_none"]), goal)
         table.add_row(row["variant"], f"{row['ms_per_step']:.2f}", *cells)
     console.print(table)
 
 
 def write(result, about):
     """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
-    said = ", ".join(f"{k} {v}" for k, v in about.items())
+    said = report.in_words(about)
     lines = ["## Watching a training\n", f"`python benchmarks/bench_watch.py`: {said}. A user's loop, buffers donated;"]
     lines[-1] += " ratios of times of one round: median [quartiles].\n"
     for model, found in result.items():
@@ -156,13 +146,10 @@ def write(result, about):
         ]
         for row in found:
             goal = "" if row["goal"] is None else f"{row['goal']}: " + ("yes" if row["reached"] else "**no**")
-            cells = (text(row["over_none"]), text(row["processor_time_over_none"]), goal)
+            cells = (report.text(row["over_none"]), report.text(row["processor_time_over_none"]), goal)
             lines.append(f"| {row['variant']} | {row['ms_per_step']:.2f} | {' | '.join(cells)} |")
         lines.append("")
-    file, (begin, end) = bt.HERE / "RESULTS.md", (f"<!-- {x}bench_watch -->\n" for x in ("", "/"))
-    before, _, rest = file.read_text().partition(begin)
-    after = rest.partition(end)[2] if rest else ""
-    file.write_text(before.rstrip("\n") + "\n\n" + begin + "\n".join(lines) + "\n" + end + after)
+    report.write("bench_watch", lines)
 
 
 def main():
@@ -179,8 +166,7 @@ def main():
         result[model] = rows(measure(model, rounds, rng))
         if not args.json:
             show(model, result[model], console)
-    about = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "rounds": rounds}
-    about |= {"jax": jax.__version__, "optax": optax.__version__}
+    about = report.machine(rounds=rounds, optax=optax.__version__)
     if args.json:
         print(json.dumps(about | {"models": result}, indent=1))
     if args.write:

@@ -188,7 +188,7 @@ RATES = {
     "healthy": (0.01, 0.03, 0.1, 0.3, 1.0),
     "exploding": (1e-7, 1e-6, 3e-6, 1e-5, 1e-4),
     "projected": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    "vanishing": (0.1, 10.0, 1000.0),
+    "vanishing": (0.1, 1.0, 10.0, 100.0, 1000.0),
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "sigmoid": (0.1, 0.3, 1.0, 3.0, 10.0),
     "unit_steps": (0.003, 0.01, 0.03, 0.1, 0.3),  # of gradients of norm 1
