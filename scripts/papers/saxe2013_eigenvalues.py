@@ -82,8 +82,8 @@ def plot(ds: xr.Dataset) -> Figure:
             ax.set_facecolor("#440154")
             ax.plot(np.cos(angle), np.sin(angle), "--", color="w", lw=0.7)
             ax.set_aspect("equal")
-            kind = f"{name.replace('gauss', 'Gauss')} factor{'s' * (factors > 1)}"
-            ax.set_title(f"{factors} {kind}, {100 * share[column]:.1f}% at the origin", fontsize=9)
+            kind = name.replace("gauss", "Gauss")
+            ax.set_title(f"{factors} {kind}: {100 * share[column]:.1f}% at 0", fontsize=9)
         axes[row, 0].set_ylabel("Im $z$")
     for ax in axes[-1]:
         ax.set_xlabel("Re $z$")

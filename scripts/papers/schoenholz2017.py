@@ -141,7 +141,8 @@ def plot(ds: xr.Dataset) -> Figure:
         label = rf"$\sigma_w^2 = {square:g}$"
         points(right, states[::2], *(x[::2] for x in mean_error(2 * logs)), color=colour, ms=2.5, label=label)
     left.set(xlabel="layer $l$", ylabel="correlation $c^l$")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, ncols=3, loc="upper right", handletextpad=0, columnspacing=0.5)
+    right.set_ylim(top=20)
     right.set(xlabel="layer $l$", ylabel=r"log squared gradient, $\log\,\chi_1^{L-l}$")
 
     squares = np.linspace(0.9, 4.1, 400)
