@@ -142,29 +142,32 @@ def _program(problem: Problem, names: list[str], data: Splits, lanes: int, devic
         where = NamedSharding(mesh, PartitionSpec())
         problem = dataclasses.replace(problem, batch_sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
 
-    def compiled(f: Callable, *args: PyTree, donate: tuple[int, ...] = ()) -> Any:
+    def lowered(f: Callable, *args: PyTree, donate: tuple[int, ...] = ()) -> Any:
         vmapped = jax.vmap(f, in_axes=(0, 0, None))
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
-        return jax.jit(vmapped, donate_argnums=donate, out_shardings=where).lower(*described).compile()
+        return jax.jit(vmapped, donate_argnums=donate, out_shardings=where).lower(*described)
 
     def chunk(num_steps: int) -> Any:
         run = lambda s, h, d: training.run_chunk(s, h, d, problem, num_steps)
-        return compiled(run, state, hparams, data, donate=(0,))
+        return lowered(run, state, hparams, data, donate=(0,))
 
     place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, where), tree)
     data = place(data)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), lanes))
     hparams = {name: jax.ShapeDtypeStruct((lanes,), jnp.float32) for name in names}
-    start = compiled(lambda k, h, d: training.init(k, h, d, problem), keys, hparams, data)
+    start = lowered(lambda k, h, d: training.init(k, h, d, problem), keys, hparams, data)
     state = start.out_info
     whole, last = min(train.eval_every, train.num_steps), train.num_steps % train.eval_every
     run = chunk(whole)
-    tail = chunk(last) if last and whole < train.num_steps else run
-    test = compiled(lambda s, h, d: training.evaluate(s, h, d.test, problem), state, hparams, data)
+    tail = chunk(last) if last and whole < train.num_steps else None
+    test = lowered(lambda s, h, d: training.evaluate(s, h, d.test, problem), state, hparams, data)
+    record = run.out_info[1]
+    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+        start, run, tail, test = pool.map(lambda f: f and f.compile(), (start, run, tail, test))
     sizes = run.memory_analysis()
     memory = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, run.out_info[1]))
-    return Program(start, run, tail, test, like, place, data, memory - sizes.alias_size_in_bytes)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, record))
+    return Program(start, run, tail or run, test, like, place, data, memory - sizes.alias_size_in_bytes)
 
 
 def _fit(problem: Problem, names: list[str], data: Splits, members: int) -> tuple[list[Program], Plan]:

@@ -72,7 +72,7 @@ def test_where_chunks_end_changes_no_bit(digits):
     keys, hparams = jax.random.split(jax.random.key(1), 2), {"optimizer.max_norm": jnp.array([0.5, 5.0])}
     ends = []
     for lengths in ((12,), (5, 7)):
-        state, losses = compiled(problem)[0](keys, hparams), []
+        state, losses = compiled(problem)[0](keys, hparams, digits), []
         for length in lengths:
             state, record = compiled(problem, length)[1](state, hparams, digits)
             losses.append(record.loss)
