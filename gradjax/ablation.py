@@ -17,6 +17,7 @@ Cost: one compilation per static setting (and accelerator), and one more where `
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,24 @@ class Program(NamedTuple):
     memory: int
 
 
-def _program(problem: Problem, names: list[str], data: Splits, lanes: int, device: Any) -> Program:
+class _Compiler:
+    """Compiles side by side (XLA does it without Python's lock); functions equal in every letter only once."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="gradjax-compiler")
+        self.lock, self.found = threading.Lock(), {}
+
+    def __call__(self, lowered: Any, device: Any) -> Future:
+        """The executable of a traced function for a device."""
+        text = hashlib.sha256(lowered.as_text().encode()).digest()
+        key = device, lowered.in_tree, lowered.out_tree, text
+        with self.lock:
+            if key not in self.found:
+                self.found[key] = self.pool.submit(lowered.compile)
+            return self.found[key]
+
+
+def _program(problem: Problem, names: list[str], data: Splits, lanes: int, device: Any, compiler: _Compiler) -> Program:
     """Trace and compile a program for blocks of `lanes` members."""
     train, where = problem.experiment.train, SingleDeviceSharding(device)
     if train.shard == BATCH:
@@ -162,21 +180,23 @@ def _program(problem: Problem, names: list[str], data: Splits, lanes: int, devic
     tail = chunk(last) if last and whole < train.num_steps else None
     test = lowered(lambda s, h, d: training.evaluate(s, h, d.test, problem), state, hparams, data)
     record = run.out_info[1]
-    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
-        start, run, tail, test = pool.map(lambda f: f and f.compile(), (start, run, tail, test))
+    waiting = [compiler(f, device) for f in (start, run, tail or run, test)]
+    start, run, tail, test = (f.result() for f in waiting)
     sizes = run.memory_analysis()
     memory = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, record))
-    return Program(start, run, tail or run, test, like, place, data, memory - sizes.alias_size_in_bytes)
+    return Program(start, run, tail, test, like, place, data, memory - sizes.alias_size_in_bytes)
 
 
-def _fit(problem: Problem, names: list[str], data: Splits, members: int) -> tuple[list[Program], Plan]:
+def _fit(
+    problem: Problem, names: list[str], data: Splits, members: int, compiler: _Compiler
+) -> tuple[list[Program], Plan]:
     """A program per worker with the rule's lanes, halved until it fits into memory."""
     train, notes, cpu = problem.experiment.train, (), jax.default_backend() == "cpu"
     lanes = asked = min(train.lanes or rule_for_lanes(problem.experiment, members), members)
     while True:
         workers = min(rule_for_workers(problem.experiment), math.ceil(members / lanes))
-        first = _program(problem, names, data, lanes, jax.local_devices()[0])
+        first = _program(problem, names, data, lanes, jax.local_devices()[0], compiler)
         memory = first.memory * (workers if cpu else 1)  # a CPU's workers share one memory
         if memory <= MEMORY_SHARE * free_memory() or lanes == 1:
             break
@@ -184,7 +204,7 @@ def _fit(problem: Problem, names: list[str], data: Splits, members: int) -> tupl
         notes = (f"lanes halved from {asked} to {lanes}: {memory / 2**20:,.0f} MiB would not fit",)
     devices = jax.local_devices()[1:workers]
     with ThreadPoolExecutor(max(len(devices), 1)) as pool:
-        more = list(pool.map(lambda device: _program(problem, names, data, lanes, device), devices))
+        more = list(pool.map(lambda device: _program(problem, names, data, lanes, device, compiler), devices))
     programs = [first, *more]
     programs += [first] * (workers - len(programs))
     return programs, Plan(members, lanes, workers, first.memory * workers, notes)
@@ -465,11 +485,11 @@ def sweep(
     total = len(cells) * settings.num_members
     meter = _Meter(total * experiment.train.num_steps, progress)
     progress(Progress(f"{total} members, {len(cells)} training program{'s' * (len(cells) > 1)} to compile"))
-    datasets, plans, data = [], [], (None, None)
+    datasets, plans, data, compiler = [], [], (None, None), _Compiler()
     for number, values in enumerate(cells):
         own = config.replace(experiment, values)
         data = data if data[0] == own.task else (own.task, _data(own))
-        cell = _cell(number, own, settings, data[1], folder, keep_states)
+        cell = _cell(number, own, settings, data[1], compiler, folder, keep_states)
         label = "".join(f"{name} = {value}: " for name, value in values.items())
         plans.append(f"{label}{cell.plan}")
         progress(Progress(plans[-1]))
@@ -497,21 +517,22 @@ def compare(
 ) -> dict[str, xr.Dataset]:
     """Train every seed of each experiment; those that differ in sweepable floats alone share one compiled program.
 
-    A host-level function. Programs are compiled as many at a time as there are cores, since compiling keeps one busy.
-    What a member computes is what `sweep` computes at the same lane width.
+    A host-level function. Programs are compiled as many at a time as there are cores, since compiling keeps one busy;
+    settings whose training steps are the same function (they differ in the initialisation) share its executable. What
+    a member computes is what `sweep` computes at the same lane width.
 
     Args:
       experiments: name -> experiment; all with the same number of seeds.
       progress: called between chunks.
 
     Returns:
-      name -> dataset as `sweep` returns it for the seeds alone, with the attributes `program` (an index) and
-      `seconds_per_step` (of a member, compilation left out).
+      name -> dataset as `sweep` returns it for the seeds alone, with the attributes `program` (the index of its training
+      program among those compiled) and `seconds_per_step` (of a member, compilation left out).
 
     Raises:
       ConfigError: an experiment that `gradjax.config.check` refuses.
     """
-    groups, data, lock = programs(experiments), {}, threading.Lock()
+    groups, data, lock, compiler = programs(experiments), {}, threading.Lock(), _Compiler()
     for experiment in experiments.values():
         config.check(experiment)
     steps = sum(e.train.num_steps * e.train.num_seeds for e in experiments.values())
@@ -526,14 +547,14 @@ def compare(
                 data[own.task] = _data(own)
         dims = {grid.DRAW: np.arange(len(names)), "seed": np.arange(own.train.num_seeds)}
         settings = grid.Grid(dims, dict.fromkeys(columns, grid.DRAW), {}, columns)
-        cell = _cell(number, own, settings, data[own.task], None, False)
+        cell = _cell(number, own, settings, data[own.task], compiler)
         progress(Progress(f"compiled {', '.join(names)}: {cell.plan}"))
         return cell, settings
 
     # XLA's CPU client can deadlock when more executions wait for each other than it has threads: compile side by side,
     # then train one program after the other on all cores
     workers = 1 if jax.default_backend() != "cpu" else rule_for_workers(next(iter(experiments.values())))
-    found: dict[str, xr.Dataset] = {}
+    found, executables = {}, {}
     with ThreadPoolExecutor(workers, thread_name_prefix="gradjax-program") as pool:
         compiled = list(pool.map(compile, range(len(groups))))
     for names, (cell, settings) in zip(groups, compiled, strict=True):
@@ -541,7 +562,8 @@ def compare(
         ds = _unfolded(_run(cell, meter), cell, settings)
         train = cell.experiment.train
         seconds = (time.monotonic() - began) / (settings.num_members * train.num_steps)
-        attrs = {"program": cell.number, "seconds_per_step": seconds, "target": train.target, "plan": str(cell.plan)}
+        program = executables.setdefault(id(cell.programs[0].chunk), len(executables))
+        attrs = {"program": program, "seconds_per_step": seconds, "target": train.target, "plan": str(cell.plan)}
         drop = [*settings.drawn, grid.DRAW]
         found |= {n: ds.isel({grid.DRAW: i}).drop_vars(drop).assign_attrs(attrs) for i, n in enumerate(names)}
     return {name: found[name] for name in experiments}
@@ -617,7 +639,13 @@ def _data(experiment: Experiment) -> Splits:
 
 
 def _cell(
-    number: int, experiment: Experiment, settings: grid.Grid, data: Any, folder: Path | None, keep_states: bool
+    number: int,
+    experiment: Experiment,
+    settings: grid.Grid,
+    data: Any,
+    compiler: _Compiler,
+    folder: Path | None = None,
+    keep_states: bool = False,
 ) -> _Cell:
     """Compile a static setting; a folder that was begun at some lane width keeps it."""
     seeds, hparams = settings.members()
@@ -627,7 +655,7 @@ def _cell(
     if note and note.exists() and not experiment.train.lanes:
         lanes = {"train.lanes": json.loads(note.read_text())}
         problem = dataclasses.replace(problem, experiment=config.replace(experiment, lanes))
-    programs, plan = _fit(problem, sorted(hparams), data, settings.num_members)
+    programs, plan = _fit(problem, sorted(hparams), data, settings.num_members, compiler)
     if note and jax.process_index() == 0:
         results.write_text(note, json.dumps(plan.lanes))
     return _Cell(number, programs, plan, experiment, keys, hparams, folder, keep_states)

@@ -83,7 +83,7 @@ def find_cure(
     experiments, left_out = {UNTREATED: experiment}, {}
     _add(names, experiment, experiments, left_out)
     found = ablation.compare(experiments, progress=progress)
-    programs = len(ablation.programs(experiments))
+    programs = _programs(found)
     rows = ranked(found)
     if pairs and rows[0]["share"] < HEALTHY_SHARE:
         best = [row["remedy"] for row in rows if row["remedy"] != UNTREATED][:PAIRS_OF]
@@ -92,8 +92,9 @@ def find_cure(
         more = {name: e for name, e in more.items() if e not in experiments.values()}
         if more:
             say(f"no remedy alone is enough: {', '.join(more)}")
-            found |= ablation.compare(more, progress=progress)
-            programs += len(ablation.programs(more))
+            more_found = ablation.compare(more, progress=progress)
+            programs += _programs(more_found)
+            found |= more_found
             experiments |= more
             rows = ranked(found)
     winner = rows[0]["remedy"]
@@ -101,6 +102,11 @@ def find_cure(
     if winner != UNTREATED:
         after = diagnosed(experiments[winner], say)
     return Cure(verdict, rows, left_out, winner, after, joined(found), programs, experiments)
+
+
+def _programs(found: Mapping[str, xr.Dataset]) -> int:
+    """Training programs that were compiled."""
+    return len({ds.attrs["program"] for ds in found.values()})
 
 
 def _add(names: Sequence[str], experiment: Experiment, experiments: dict, left_out: dict[str, str]) -> None:

@@ -85,6 +85,16 @@ def test_compared_members_are_those_of_a_sweep():
         np.testing.assert_array_equal(found[name]["loss"].values, ds["loss"].values[i])
 
 
+def test_starts_that_differ_share_an_executable_and_change_no_bit():
+    starts = {name: experiment(model__weights=name) for name in ("he_normal", "glorot_normal")}
+    together = ablation.compare(starts | {"residual": experiment(model__residual=True)})
+    program = {name: ds.attrs["program"] for name, ds in together.items()}
+    assert program["he_normal"] == program["glorot_normal"] != program["residual"]
+    for name, own in starts.items():
+        np.testing.assert_array_equal(together[name]["loss"], ablation.compare({name: own})[name]["loss"])
+    assert not np.array_equal(together["he_normal"]["loss"], together["glorot_normal"]["loss"])
+
+
 @pytest.mark.slow
 def test_a_vanishing_network_is_cured_and_says_so():
     sick = experiment(model__sigma_w=0.2, model__depth=6, train__num_steps=300, train__eval_every=100)
