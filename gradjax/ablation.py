@@ -526,8 +526,8 @@ def compare(
       progress: called between chunks.
 
     Returns:
-      name -> dataset as `sweep` returns it for the seeds alone, with the attributes `program` (the index of its training
-      program among those compiled) and `seconds_per_step` (of a member, compilation left out).
+      name -> dataset as `sweep` returns it for the seeds alone, with the attributes `program` (which of the training
+      programs that were compiled) and `seconds_per_step` (of a member, compilation left out).
 
     Raises:
       ConfigError: an experiment that `gradjax.config.check` refuses.
