@@ -30,6 +30,7 @@ def equal(a: xr.Dataset, b: xr.Dataset) -> bool:
     return a.drop_attrs().identical(b.drop_attrs())
 
 
+@pytest.mark.slow
 def test_the_dataset_is_labelled_and_written(whole):
     folder, ds = whole
     assert dict(ds.loss.sizes) == {"optimizer.learning_rate": 3, "seed": 3, "step": 30}
@@ -53,6 +54,7 @@ def test_a_diverged_member_is_marked_and_the_others_train(whole):
     assert (calm.diverged_at == -1).all() and (calm.loss[..., -5:].mean("step") < calm.loss[..., :5].mean("step")).all()
 
 
+@pytest.mark.slow
 def test_in_memory_and_on_one_worker_the_bits_are_equal(whole, monkeypatch):
     monkeypatch.setattr(ablation, "rule_for_workers", lambda experiment: 1)
     assert equal(ablation.sweep(BASE, VARY), whole[1])
@@ -62,6 +64,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_with_the_same_bits_and_skips_what_is_done(whole, tmp_path):
     def interrupt_after(count):
         def progress(event):
@@ -82,6 +85,7 @@ def test_an_interrupted_sweep_goes_on_with_the_same_bits_and_skips_what_is_done(
     assert len(work) < 15 and work[-1].done == work[-1].total == 270  # five blocks of three chunks, some of them done
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_computed_again(whole, tmp_path):
     import shutil
 
@@ -125,6 +129,7 @@ def test_static_settings_are_programs_of_their_own_along_their_dimensions():
     assert ds.layer_log_gradient_norm.sel({"model.depth": 1}).isnull().any()  # it has no hidden_2
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_gets_fewer_lanes_and_says_so(whole, monkeypatch):
     monkeypatch.setattr(ablation, "free_memory", lambda: 1)
     ds = ablation.sweep(config.replace(BASE, {"train.num_steps": 10}), VARY)
@@ -162,6 +167,7 @@ def test_five_of_64_diverge_at_different_steps_and_59_keep_their_bits(capsys):
     assert min(steps) >= 0 and len(set(steps)) >= 4 and np.isfinite(b.final_loss.values[sick]).all()
 
 
+@pytest.mark.slow
 def test_progress_and_summary(whole):
     events = []
     ablation.sweep(config.replace(BASE, {"train.num_steps": 10}), VARY, progress=events.append)

@@ -194,6 +194,7 @@ def test_what_cannot_be_used_is_refused(arguments, capsys):
     assert "did you mean relu_explodes?" in message or "at least 2" in message
 
 
+@pytest.mark.slow
 def test_a_cheap_claim_from_end_to_end(tmp_path, capsys):
     names = ["residual_parameters", "residual_delta"]
     assert articles.main([*names, "--small", "--json", "--output", str(tmp_path)]) == 0

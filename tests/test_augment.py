@@ -99,6 +99,7 @@ def test_what_is_no_image_is_refused(key):
         training.problem_of(experiment, splits)
 
 
+@pytest.mark.slow
 def test_training_batches_alone_are_varied(monkeypatch, key):
     """At rate 0 on the full batch the loss stands still, unless each step varies its images; validation stays."""
     digits = tasks.load("digits", key)

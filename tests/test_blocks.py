@@ -79,6 +79,7 @@ def linen(model, x=X):
     return (lambda p, x: jnp.mean(jnp.square(model.apply({"params": p}, x)))), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reverse", "residual", "example"), [(False, False, 3), (True, True, 0), (True, False, 4)])
 def test_unrolled_and_scanned_layers(reverse, residual, example, report):
     loss, p = linen(Stacked(reverse, residual))
@@ -102,6 +103,7 @@ def plain(ws, x):
     return jnp.mean(jnp.square(x))
 
 
+@pytest.mark.slow
 def test_links_serve_the_spectrum_and_matrix_free(report):
     n = 12
     ws = list(jax.random.normal(jax.random.key(0), (5, n, n)) * 1.5 / n**0.5)
@@ -147,6 +149,7 @@ def test_links_of_nnx_and_equinox(report):
     check(steps[:2], h, [lambda h, q=q: q.weight @ jnp.tanh(h) for q in other.layers[1:]], report)
 
 
+@pytest.mark.slow
 def test_a_whole_batch_that_batchnorm_couples(report):
     class Net(nn.Module):
         @nn.compact
@@ -234,6 +237,7 @@ def in_a_loop(loss, params, *batch):
     return np.log(norms), mean @ mean / np.mean(((g - mean) ** 2).sum(1)), (g @ g.T) / norms / norms[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [2, 32])
 @pytest.mark.parametrize("size", [1.0, 1e30, 1e-30])
 def test_per_example_against_a_loop(block, size, report):

@@ -43,6 +43,7 @@ def test_a_verdict_is_a_result_with_table_and_files(diagnose, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_json_is_all_of_standard_output_and_folders_are_kept(diagnose, tmp_path):
     for expected in ("demo", "demo-2"):
         status, out, _ = diagnose(CONFIGS / "demo.toml", *SMALL, "--json", "--diagnose.spectrum_seeds", "0")
@@ -96,6 +97,7 @@ def test_missing_and_truncated_data_files_are_named(tmp_path, capsys, monkeypatc
     assert "train-images-idx3-ubyte" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unwritable_output_is_one_message(tmp_path, diagnose):
     (tmp_path / "runs").write_text("a file")
     status, _, err = diagnose(CONFIGS / "demo.toml", *SMALL, "--diagnose.spectrum_seeds", "0")
@@ -145,6 +147,7 @@ target = 0.05
 """
 
 
+@pytest.mark.slow
 def test_train_writes_curves_states_and_scores(tmp_path, capsys):
     path = tmp_path / "small.toml"
     path.write_text(TINY)
@@ -156,6 +159,7 @@ def test_train_writes_curves_states_and_scores(tmp_path, capsys):
     assert [p.name for p in (folder / "checkpoints/000-00000").iterdir()] == ["000000000010"]  # the trained states
 
 
+@pytest.mark.slow
 def test_sweep_prints_json_and_names_its_settings(tmp_path, capsys):
     path = tmp_path / "small.toml"
     path.write_text(TINY + "[sweep.vmap]\noptimizer.learning_rate = [0.01, 0.1]\nmodel.sigma_w = [1.0, 2.0]\n")

@@ -119,6 +119,7 @@ def mlp(mup, width, depth, key):
     return loss_fn, params, optax.chain(optax.adam(1e-3), scale)
 
 
+@pytest.mark.slow
 def test_standard_parametrisation_fails_and_mup_passes(as_users_run):
     standard, mup = (
         coordinate_check(functools.partial(mlp, is_mup), (32, 256), 1, args=X, num_steps=2) for is_mup in (False, True)
@@ -155,6 +156,7 @@ def test_residual_branches_scaled_by_depth_keep_their_size(residual, optimizer, 
         assert "explodes with depth" in found.verdict
 
 
+@pytest.mark.slow
 def test_the_exponents_of_a_linear_network_are_exact(report):
     # h0 of size 1; the loss is a mean over the width, so each step moves h0 by lr (cotangent = h / width) x^2: n^-1
     found = coordinate_check(linear, (16, 64, 256), 1, args=X, num_steps=1, num_seeds=8)
@@ -171,6 +173,7 @@ def test_the_exponents_of_a_linear_network_are_exact(report):
     np.testing.assert_allclose(ds["log_update_rms"], ds["log_gradient_rms"] + np.log(0.1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_exponents_of_width_and_depth_together():
     """Weights of std 0.5: h_l grows by 0.5 sqrt(width) per layer, so a depth more counts log(0.5 sqrt(width)) more."""
     found = coordinate_check(lambda w, d, k: linear(w, d, k, std=0.5), (8, 32), (1, 4), args=X, num_steps=1)
@@ -191,6 +194,7 @@ def test_exponents_of_width_and_depth_together():
 # -- what is measured ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_measurements_are_those_of_plain_training():
     found = coordinate_check(linear, (4, 8), 2, args=X, num_steps=3, num_seeds=2, seed=7)
     key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 8), 2), 2)[1]
@@ -218,6 +222,7 @@ def test_a_change_below_the_rounding_of_its_value_is_none():
     assert "none" in str(found)
 
 
+@pytest.mark.slow
 def test_half_precision_and_values_out_of_the_range_of_squares():
     # squares of 1e30 leave the range of float32; bfloat16 values
     big = lambda w, d, k: linear(w, d, k, std=1e15 / w**0.5)
@@ -267,6 +272,7 @@ def test_select_leaves_values_out():
     assert list(found.dataset["name"].values) == ["h1"]
 
 
+@pytest.mark.slow
 def test_a_scanned_stack_is_one_value():
     def make_model(width, depth, key):
         weights = jax.random.normal(key, (depth, width, width)) / width**0.5
@@ -321,6 +327,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case[-1][:40])
 def test_bad_input_is_one_clear_error(case):
     make_model, widths, depths, options, message = case
@@ -331,6 +338,7 @@ def test_bad_input_is_one_clear_error(case):
 # -- the script and the figure ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_line_for_every_layer_with_its_exponent(tmp_path):
     from gradjax.plots import coordinate_figure
 

@@ -77,6 +77,7 @@ def test_programs_are_shared_by_what_differs_in_floats_alone():
     assert ablation.programs(settings) == [["a", "b"], ["c", "d"], ["e"]]
 
 
+@pytest.mark.slow
 def test_compared_members_are_those_of_a_sweep():
     base = experiment(train__lanes=2)
     found = ablation.compare({"one": base, "two": config.replace(base, {"model.sigma_w": 2.0})})

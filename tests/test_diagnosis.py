@@ -159,6 +159,7 @@ CRITICAL_TANH = {"model.sigma_w": 1.32701}
 HE = {"model.activation": "relu", "model.sigma_w": 2**0.5, "model.sigma_b": 0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "pathology"),
     [
@@ -184,6 +185,7 @@ def test_networks_get_their_verdict(values, pathology):
     assert len(record["layers"]) == experiment.model.depth
 
 
+@pytest.mark.slow
 def test_the_json_has_the_names_that_others_build_on():
     experiment = config.replace(config.Experiment(), {"model.depth": 20, **SMALL})
     ds, evidence = examine(experiment)
@@ -197,6 +199,7 @@ def test_the_json_has_the_names_that_others_build_on():
     assert len(record["product"]["log_singular_values"]) == 64
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_network_whatever_their_number():
     experiment = config.replace(config.Experiment(), {"model.depth": 10, **SMALL, "diagnose.spectrum_seeds": 0})
     three = measure(experiment)
@@ -204,6 +207,7 @@ def test_a_seed_is_the_same_network_whatever_their_number():
     np.testing.assert_allclose(three.log_cotangent_rms, five.log_cotangent_rms[:3], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_too_dear_is_absent_and_said():
     values = {"model.depth": 4, "model.normalization": "batchnorm", "task.batch_size": 64}
     ds, evidence = examine(config.replace(config.Experiment(), {**SMALL, **values}))

@@ -66,6 +66,7 @@ def test_a_probe_reduces_inside_the_program():
     assert reduced.values["h"].histogram.shape == (5, stats.BINS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "sigma_w", "depth", "size"),
     [("tanh", 1.3, 20, 1.0), ("tanh", 0.5, 300, 1.0), ("linear", 2.0, 160, 1e-30)],

@@ -57,6 +57,7 @@ def test_orthogonal_keeps_lengths(shape, key):
     np.testing.assert_array_equal(w, WEIGHTS["orthogonal"](SIGMA_W)(key, shape, jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 3, 4, 4), (3, 3, 4, 8), (5, 4, 8, 4)], ids=str)
 def test_a_delta_orthogonal_convolution_is_an_isometry(shape, key):
     """Circular, it keeps the norm of every image (Xiao 2018); an orthogonal kernel that is spread out does not."""
@@ -121,6 +122,7 @@ def pre_activations(model, variables, x):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", slow("sigmoid"), slow("tanh")])
 def test_lsuv_gives_every_layer_unit_variance(activation, key):
     """Mishkin & Matas 2016: Var = 1 after every layer, in the scan, for each seed under vmap, whatever the data."""

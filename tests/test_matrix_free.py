@@ -72,6 +72,7 @@ def with_values(key, values, shape):
 # ---- top singular values; most at depth 4, width 60, k = 4, so that few programs are compiled
 
 
+@pytest.mark.slow
 def test_values_and_vectors_are_those_of_the_dense_jacobian(key):
     weights, h0 = gaussian(key, 4, 60), jnp.linspace(-1.0, 1.0, 60)
     top = top_of(tanh_step, h0, weights, k=4, key=key)
@@ -90,6 +91,7 @@ def test_values_and_vectors_are_those_of_the_dense_jacobian(key):
     np.testing.assert_allclose(again.log_singular_values, top.log_singular_values, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_what_has_not_converged_says_so(key):
     exact = np.linspace(1.0, 0.9, 60)
     matrix = with_values(key, exact, (60, 60))
@@ -134,6 +136,7 @@ def test_clustered_deficient_and_zero_matrices(key):
     assert (top.log_singular_values == -jnp.inf).all() and (top.residual == 0).all()
 
 
+@pytest.mark.slow
 def test_values_far_outside_float32(key):
     keys, h0 = jax.random.split(key, 200), jnp.ones(20)
     rotation = jax.vmap(lambda k: jnp.linalg.qr(jax.random.normal(k, (20, 20)))[0])(keys)
@@ -160,6 +163,7 @@ def test_a_graded_product_beyond_float32_agrees_with_the_whole_spectrum(key):
     assert not top.converged[error > 1e-2].any()
 
 
+@pytest.mark.slow
 def test_links_of_unequal_width_on_the_smaller_side(key):
     a, b, c = jax.random.split(key, 3)
     wide, tall = jax.random.normal(a, (20, 90)) / 9, jax.random.normal(b, (70, 20)) / 4
@@ -207,6 +211,7 @@ def test_a_custom_vjp_gives_the_jacobian_that_training_sees(key):
     np.testing.assert_allclose(top.log_singular_values, 10 * np.log(0.5), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_a_function_agree_with_the_step(key):
     weights = jax.vmap(lambda k: gaussian(k, 4, 50))(jax.random.split(key, 3))
     h0 = jnp.linspace(-1.0, 1.0, 50)
@@ -219,6 +224,7 @@ def test_jit_vmap_and_a_function_agree_with_the_step(key):
     np.testing.assert_allclose(alone, batched[0], atol=3e-6)
 
 
+@pytest.mark.slow
 def test_the_derivative_is_that_of_the_singular_value(key):
     weights, h0 = gaussian(key, 3, 40), jnp.linspace(-1.0, 1.0, 40)
     of_krylov = lambda w: top_of(tanh_step, h0, w, k=2, key=key).log_singular_values[1]
@@ -251,6 +257,7 @@ def test_random_shapes(rows, columns, num_iters, k, seed):
 # ---- Monte Carlo
 
 
+@pytest.mark.slow
 def test_log_moments_match_the_exact_ones_within_their_error(key):
     weights, h0 = gaussian(key, 4, 50), jnp.linspace(-1.0, 1.0, 50)
     sigma = np.linalg.svd(dense(step_module.layer_jacobians(tanh_step, h0, weights)), compute_uv=False)
@@ -268,6 +275,7 @@ def test_log_moments_far_outside_float32(key):
     assert jnp.isinf(one.standard_error).all()
 
 
+@pytest.mark.slow
 def test_singular_value_density_integrates_to_one_and_has_the_moments(key):
     weights, h0 = gaussian(key, 3, 60), jnp.linspace(-1.0, 1.0, 60)
     sigma = np.linalg.svd(dense(step_module.layer_jacobians(tanh_step, h0, weights)), compute_uv=False)
@@ -280,6 +288,7 @@ def test_singular_value_density_integrates_to_one_and_has_the_moments(key):
     assert abs(float(found.nodes.max()) - np.log(sigma[0])) < 1e-3
 
 
+@pytest.mark.slow
 def test_singular_value_density_of_rank_deficient_orthogonal_and_exploding_products(key):
     half = jnp.diag(jnp.where(jnp.arange(16) < 8, 1.0, 0.0))
     found = compiled(matrix_free.singular_value_density, lambda h: half @ h, jnp.ones(16), key=key)
@@ -292,6 +301,7 @@ def test_singular_value_density_of_rank_deficient_orthogonal_and_exploding_produ
     np.testing.assert_allclose(found.density.max(), 1 / (0.1 * (2 * np.pi) ** 0.5), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_spectral_density_of_a_symmetric_operator(key):
     values = np.linspace(-1.0, 3.0, 80)
     q = np.linalg.qr(np.asarray(jax.random.normal(key, (80, 80)), np.float64))[0]
@@ -338,6 +348,7 @@ def as_matrix(operator, like):
     return np.asarray(jax.vmap(column)(jnp.eye(zeros.size)), np.float64).T
 
 
+@pytest.mark.slow
 def test_hessian_and_sharpness_of_a_small_network(key):
     params, x, y = mlp_problem(key)
     loss = lambda p, x, y: jnp.mean((mlp(p, x) - y) ** 2)
@@ -357,6 +368,7 @@ def test_hessian_and_sharpness_of_a_small_network(key):
     assert abs(float(estimate.value) - np.trace(expected)) < 4 * float(estimate.standard_error)
 
 
+@pytest.mark.slow
 def test_gauss_newton_is_positive_semi_definite_and_exact_for_a_linear_model(key):
     params, x, y = mlp_problem(key)
     softmax = lambda outputs: jnp.mean(jax.nn.logsumexp(outputs, axis=1) - outputs[:, 0])
@@ -374,6 +386,7 @@ def test_gauss_newton_is_positive_semi_definite_and_exact_for_a_linear_model(key
     np.testing.assert_allclose(as_matrix(operator, jnp.zeros((4, 2))), as_matrix(hessian, jnp.zeros((4, 2))), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sharpness_of_a_quadratic_and_what_has_not_converged(key):
     curvature = jnp.linspace(-5.0, 4.0, 300)
     quadratic = lambda x: 0.5 * jnp.sum(curvature * x**2)

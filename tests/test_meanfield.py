@@ -128,6 +128,7 @@ def reference_pair(f, kinks, q, c):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ACTIVATIONS if n != "linear"])
 def test_pair_moments_agree_with_other_quadrature(name, report):
     act, worst = resolve(name), 0.0
@@ -180,6 +181,7 @@ def test_pair_moments_of_erf_have_a_closed_form_up_to_q_100():
     assert worst < 1e-10
 
 
+@pytest.mark.slow
 def test_price_gives_the_derivative_at_the_corner():
     """d/dc E phi phi = q E phi' phi', at c = 1 too, where the derivative of the quadrature's nodes is infinite."""
     f = jax.jit(functools.partial(phi_pair, resolve("hard_tanh")))
@@ -200,6 +202,7 @@ def test_derivatives_of_moments_carry_the_moving_kinks():
 # --- formula 6 -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_formula_6_table():
     """Tanh, sigma_b^2 = 0.05: q*, chi_1, c*, xi_c to the digits given, and the critical point."""
     sigma_w = np.sqrt([1.0, 1.7, 4.0])
@@ -216,6 +219,7 @@ def test_formula_6_table():
     np.testing.assert_allclose(on_the_line, [critical, SIGMA_B], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_formula_6_depth_scales_are_rates_of_the_maps():
     """xi_q and xi_c against the maps iterated from nearby, xi_q = -1 / log [chi_1 + sigma_w^2 E phi'' phi]."""
     sigma_w = np.sqrt([1.0, 1.7, 4.0])
@@ -245,6 +249,7 @@ def test_formula_6_curvature():
 # --- fixed points --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanh", slow("selu")])
 @given(sigma_w=st.floats(0.3, 4.0), sigma_b=st.floats(0.0, 2.0), dropout=st.floats(0.0, 0.5))
 def test_fixed_points_are_fixed(name, sigma_w, sigma_b, dropout):
@@ -277,6 +282,7 @@ def test_tiny_lengths_are_as_exact_as_others():
         assert meanfield.c_star(**numbers) == pytest.approx(2 / 3, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_near_critical_points_are_found():
     """1 - c* falls linearly with the distance from the critical line, down to 1e-9 of it, and nothing is NaN."""
     critical = float(meanfield.critical_sigma_w(SIGMA_B))
@@ -321,6 +327,7 @@ def test_q0_chooses_between_two_limits():
 # --- transformations -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "f",
     [
@@ -341,6 +348,7 @@ def test_derivatives_agree_with_finite_differences(f):
     assert jax.jvp(f, (x,), (1.0,))[1] == pytest.approx(float(step), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_jit_and_broadcasting_agree():
     w, b = np.linspace(0.8, 2.5, 30), np.linspace(0.05, 0.4, 10)  # more points than are solved at once
     grid = meanfield.phase_diagram(w[:, None], b[None, :], correlations=False)
@@ -418,6 +426,7 @@ def plain(name, sigma_w, sigma_b, dropout=0.0, layernorm=False, n=400, depth=12,
     return np.asarray(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sigma_w", "sigma_b", "network"),
     [
@@ -553,6 +562,7 @@ def gated_samples(cell, sigma_w, variance, bias, n=100, steps=40, draws=24):
     return np.asarray(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["minimal_rnn", slow("gru"), slow("lstm")])
 def test_formula_12_gated(cell):
     """Per-step mean squared singular value, untied: 3 standard errors and 3%; sigma_w 20% off rejected; bias -> 1."""
@@ -590,6 +600,7 @@ def log_growths(name, sigma_w, weights, n=48, depth=30, draws=1200):
     return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), draws)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights"), [("relu", "gaussian"), slow("tanh", "gaussian"), slow("tanh", "orthogonal")]
 )
@@ -604,6 +615,7 @@ def test_formula_8_log_variance(name, weights):
     assert abs(logs.var() / (1.5 * beta) - 1) > 0.08 + 3 * error
 
 
+@pytest.mark.slow
 def test_formula_4_and_8_values():
     """Hanin-Nica's 5 for ReLU; 3 (mu_2 / mu_1^2 - 1) = 3 for orthogonal weights, 2 and 0 for a linear network."""
     beta = lambda name, weights: meanfield.log_variance([20, 30, 60], 2**0.5, 0.0, name, weights=weights) * 10

@@ -45,11 +45,13 @@ def x(key):
     return jax.random.normal(key, (8, 24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_contract(options, key, x):
     check_contract(mlp(**options), x, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [BRANCH | {"bottleneck": 5}, slow({}), slow({"highway": True})], ids=str)
 def test_spectrum(options, key, x):
     check_spectrum(mlp(**options), x, key)
@@ -105,6 +107,7 @@ def test_a_bottleneck_is_a_map_down_an_activation_and_a_map_up(key, x):
     assert not np.allclose(after, h + branch, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_rezero_starts_as_the_identity_and_learns_its_scales(key, x):
     """J = I exactly, and each scale has a gradient; without the learned scale there is none."""
     model = mlp(residual=True, residual_learned=True, residual_scale=0.0)
@@ -119,6 +122,7 @@ def test_rezero_starts_as_the_identity_and_learns_its_scales(key, x):
     assert "skip" not in init(mlp(residual=True), key, x)["params"]["layers"]
 
 
+@pytest.mark.slow
 def test_fixup_starts_as_the_identity_with_small_branches_and_its_scalars(key, x):
     """Zhang 2019, rules 1 to 3, and its claim: the first step of SGD moves the logits alike at every depth."""
     model = mlp(residual=True, fixup=True, weights="he_normal", sigma_w=1.0, activation="relu", depth=65, width=32)
@@ -299,6 +303,7 @@ def test_dropout_keeps_the_mean_and_drops_its_share(key):
     np.testing.assert_allclose(out[out > 0], 1 / 0.7, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_on_the_last_layer_leaves_the_others_alone(key, x):
     """States before the read-out are the same under other masks; with all layers dropping they are not."""
     other = jax.random.key(1)
@@ -342,6 +347,7 @@ def test_lsuv_of_standardised_weights_is_refused(key, x):
 # -- floats, depth, memory ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_float_may_be_traced(key, x):
     def output(sigma_w, sigma_b, residual_scale, rate):
         floats = {"sigma_w": sigma_w, "sigma_b": sigma_b, "residual_scale": residual_scale, "dropout": rate}
@@ -366,6 +372,7 @@ def test_compile_time_does_not_depend_on_depth(key, x):
     assert size(10_000) == size(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"depth": 12}, {"depth": 19, "normalization": "batchnorm", "residual": True}])
 def test_rematerialised_layers_are_the_same_to_rounding(options, key, x):
     """Also where sqrt(depth) does not divide the depth, running statistics included."""

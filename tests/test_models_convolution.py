@@ -78,11 +78,13 @@ def test_shapes(name, settings, key, x):
     assert [out.shape for out in jax.eval_shape(traced, variables)] == [(4, 10)] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), rows(VARIANTS, fast=2))
 def test_contract(name, settings, key, x):
     check_contract(build(name, **settings), x, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_step", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "settings"), rows(GRAPHS, fast=1))
 def test_contract_of_graphs(name, settings, per_step, key):
@@ -91,6 +93,7 @@ def test_contract_of_graphs(name, settings, per_step, key):
     check_contract(model, graphs.x, key, graphs.y if per_step else graphs.y[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), rows(SPECTRA, fast=1))
 def test_spectrum(name, settings, key, x):
     check_spectrum(build(name, **settings), x, key)
@@ -119,6 +122,7 @@ def build_traced(name, **floats):
     return models.build(experiment.model, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg", "resnet", "inception", "circular_cnn", "gcn"])
 def test_size_of_the_program_does_not_depend_on_depth(name, key, x):
     x = communities(key, 2, nodes=4).x if name == "gcn" else x
@@ -174,6 +178,7 @@ def test_stages():
     assert [shares(depth) for depth in (1, 2, 3, 8)] == [[1], [1, 1], [1, 1, 1], [3, 3, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["gaussian", "orthogonal", "delta_orthogonal"])
 def test_weights_have_the_mean_field_variance(weights, key):
     """On a torus E z^2 = sigma_w^2 E x^2, fan_in being 9 channels; zeros beyond the edge cost a part of it."""
@@ -191,6 +196,7 @@ def test_weights_have_the_mean_field_variance(weights, key):
         assert cut.mean() < 1.7**2 - 3 * cut.std() / 300**0.5
 
 
+@pytest.mark.slow
 def test_linear_circular_network_is_an_isometry(key, x, report):
     """Xiao et al. 2018: every singular value of the product of delta-orthogonal layers is 1."""
     model = build("circular_cnn", depth=25, width=3, weights="delta_orthogonal", **LINEAR)
@@ -225,6 +231,7 @@ def test_only_square_images_and_graphs(key):
         shape(build("resnet", depth=2, width=4, fixup=True, normalization="batchnorm"), 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"residual_learned": True, "residual_scale": 0.0}, {"fixup": True}])
 def test_residual_blocks_start_as_the_identity(settings, key, x):
     """SkipInit and Fixup: a stage of equal blocks changes nothing before the first step."""
@@ -250,6 +257,7 @@ def states(model, variables, graph_and_features):
     return lax.scan(lambda h, theta: ((new := step(h, theta)), new), h1, thetas)[1]
 
 
+@pytest.mark.slow
 def test_deep_graph_convolutions_smooth_away_all_differences(key):
     """Linear, with orthogonal W: the rate per layer is the second eigenvalue of A_hat; a skip keeps the differences."""
     graph = communities(key, 1, nodes=16, inside=0.6, between=0.2).x[0]
@@ -265,6 +273,7 @@ def test_deep_graph_convolutions_smooth_away_all_differences(key):
     assert sizes[True][40] > sizes[True][0]
 
 
+@pytest.mark.slow
 def test_communities(key):
     """A_hat is symmetric with largest eigenvalue 1, neighbours are alike, features say a little."""
     graphs = communities(key, 50)

@@ -52,16 +52,19 @@ def cases(table):
     return [pytest.param(*case, id=name, marks=marks(name)) for name, case in values.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), cases(RECURRENT))
 def test_recurrent_contract(name, options, key, x):
     check_contract(build(name, 5, **{**SMALL, **options}), x, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", cases(TRANSFORMERS))
 def test_transformer_contract(options, key, x):
     check_contract(build(**TRANSFORMER, num_outputs=5, **options), x, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_contract_per_step_on_tokens(name, key):
     tokens = jax.random.randint(key, (4, 6), 0, 5)
@@ -69,6 +72,7 @@ def test_contract_per_step_on_tokens(name, key):
     check_contract(build(**options, num_outputs=5, per_step=True), tokens, key, jnp.roll(tokens, -1, axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
 def test_spectrum(name, key, x):
     options = TRANSFORMER if name == "transformer" else {"name": name, **SMALL, "depth": 2}
@@ -88,6 +92,7 @@ def test_gated_cells_alone_have_gates():
 # --- time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rnn", "lstm"])
 def test_links_have_a_step_per_time_step_with_its_own_gradient(name, key, x):
     model = build(name, 5, **SMALL)
@@ -132,6 +137,7 @@ def one_step(model, variables, x, state):
     return links[0][0](state, links[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm", "gru", "minimal_rnn"])
 def test_a_wide_open_forget_gate_keeps_the_state(name, key, x):
     model = build(name, 5, **{**SMALL, "forget_bias": 40.0})
@@ -147,6 +153,7 @@ def test_a_wide_open_forget_gate_keeps_the_state(name, key, x):
     assert float(jnp.abs(moved - h).max()) > 0.05  # here they are not
 
 
+@pytest.mark.slow
 def test_cells_are_those_of_flax(key, x):
     """An LSTM and a GRU against Flax's own, whose gates are matrices of their own."""
     import flax.linen as nn
@@ -173,6 +180,7 @@ def test_cells_are_those_of_flax(key, x):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, wanted)
 
 
+@pytest.mark.slow
 def test_minimal_rnn_is_its_equation(key, x):
     model = build("minimal_rnn", 5, **SMALL)
     w = (variables := init(model, key, x))["params"]["layer_0"]
@@ -183,6 +191,7 @@ def test_minimal_rnn_is_its_equation(key, x):
     np.testing.assert_allclose(one_step(model, variables, x, (h,))[0], u * h + (1 - u) * z, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_chrono_spreads_the_memories_evenly_over_time(key, x):
     """b_f = log U(1, T - 1), whose mean is known; b_i = -b_f; a plain uniform b_f would be told apart."""
     longest = 100.0
@@ -200,6 +209,7 @@ def test_chrono_spreads_the_memories_evenly_over_time(key, x):
         assert all(not np.any(b) for b, start in zip(blocks, BIASES[name], strict=True) if start is None)
 
 
+@pytest.mark.slow
 def test_the_recurrence_of_orthogonal_rnns_stays_orthogonal_and_moves(key, x):
     model = build("orthogonal_rnn", 4, depth=1, width=16, sigma_w=1.0, sigma_b=0.0)
     variables = init(model, key, x)
@@ -221,6 +231,7 @@ def test_the_recurrence_of_orthogonal_rnns_stays_orthogonal_and_moves(key, x):
     assert np.abs(np.angle(np.linalg.eigvals(np.asarray(before)))).max() > 1.5
 
 
+@pytest.mark.slow
 def test_recurrent_weights_have_their_scale_block_by_block(key, x):
     model = build("lstm", 5, depth=1, width=64, sigma_w=0.7, weights="orthogonal")
     kernel = init(model, key, x)["params"]["layer_0"]["recurrent"]["kernel"]
@@ -237,6 +248,7 @@ def test_irnn_is_the_identity_at_the_start(key, x):
     np.testing.assert_allclose(one_step(model, variables, jnp.zeros_like(x), (h,))[0], h, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_float_may_be_traced(key, x):
     floats = {"sigma_w": 0.5, "sigma_b": 0.1, "residual_scale": 0.3, "dropout": 0.2, "chrono": 9.0}
 
@@ -252,6 +264,7 @@ def test_every_float_may_be_traced(key, x):
 # --- transformers
 
 
+@pytest.mark.slow
 def test_per_step_sees_no_later_step_and_else_all(key, x):
     changed = x.at[:, 4].set(7.0)
     for per_step in (True, False):
@@ -265,6 +278,7 @@ def test_per_step_sees_no_later_step_and_else_all(key, x):
             assert float(jnp.abs(before - after).max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_deepnorm_has_the_papers_scales(key):
     """alpha = (2 N)^(1/4) on the skip, beta = (8 N)^(-1/4) on all weights but those of query and key."""
     x = jax.random.normal(key, (2, 4, 64))
@@ -286,6 +300,7 @@ def test_deepnorm_has_the_papers_scales(key):
     np.testing.assert_allclose(out, h * (2 * 8) ** 0.5, rtol=1e-5)  # two skips, without a norm
 
 
+@pytest.mark.slow
 def test_post_norm_holds_the_state_and_pre_norm_lets_it_grow(key):
     x, states = jax.random.normal(key, (2, 4, 32)), {}
     for placement in ("post", "pre"):
@@ -331,6 +346,7 @@ def test_attention_logits_are_visible_and_judged_when_they_grow(key):
 # --- refusals
 
 
+@pytest.mark.slow
 def test_what_no_sequence_model_can_do_is_refused(key, x):
     flat = jnp.zeros((4, 64))
     for options in ({"name": "rnn", **SMALL}, TRANSFORMER):

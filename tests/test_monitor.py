@@ -102,6 +102,7 @@ def test_the_history_is_what_telemetry_said_after_every_step(tmp_path, every, me
     assert set(history) == {"step", "loss"} | {k for k in seen[0] if "log2" in k}
 
 
+@pytest.mark.slow
 def test_the_history_is_bounded_and_layers_are_columns(tmp_path):
     params = {"layers": jnp.ones((3, 4)), "head": jnp.ones(2)}
     tx, monitor = watch(optax.sgd(0.1), stacked={"layers": True, "head": False}), silent(tmp_path, history=6, every=4)
@@ -167,6 +168,7 @@ def test_a_failure_is_attributed_to_its_step_leaf_and_batch(tmp_path, at, every)
         assert np.isfinite(report["last_good_telemetry"]["0.watch/log2_grad/['b']['w']"])
 
 
+@pytest.mark.slow
 def test_parameters_that_overflow_are_a_failure_of_the_next_step(tmp_path):
     monitor, large = silent(tmp_path, every=1), {"a": jnp.full(3, -3e38), "b": noisy(0)["b"]}
     with pytest.raises(FloatingPointError, match=r"step 5: parameters of \['a'\]"):
@@ -404,6 +406,7 @@ def test_bad_input_is_refused_with_what_to_do(tmp_path, make, message):
 # -- whole trainings -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_that_diverges_is_announced_and_its_layer_is_named(tmp_path, monkeypatch):
     """From step 60 on the rate of layer 3 grows: the warning comes before the loss rises, in the loop's own time."""
     said = []
@@ -488,6 +491,7 @@ def healthy(name, seed, num_steps, folder):
     return monitor.warnings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Adam, warm-up", "SGD with momentum"])
 def test_a_healthy_training_is_left_alone(tmp_path, name):
     assert healthy(name, 0, 300, tmp_path) == []

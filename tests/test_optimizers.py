@@ -48,6 +48,7 @@ def settings(name, **more):
     return Optimizer(**{"name": name, "learning_rate": RATES.get(name, 0.05), **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_each_lowers_a_quadratic_under_jit_and_traced_rates(name):
     def last(rate):
@@ -113,6 +114,7 @@ def test_random_coordinates_are_uniform():
     assert np.sum((counts - 1000) ** 2 / 1000) < 16.3  # chi-squared, 3 degrees of freedom, p = .001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in optimizers.CLIPPING if n != "none"])
 def test_each_clipping_rule_reports_and_holds_an_explosion(name):
     o = settings("sgd", clipping=name, learning_rate=0.1)
@@ -126,6 +128,7 @@ def test_each_clipping_rule_reports_and_holds_an_explosion(name):
     assert np.isfinite(largest) and (largest < 10 or name in ("historical_clip", "zclip"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", optimizers.GUARDS)
 def test_each_guard_builds_and_trains(name):
     assert run(optimizers.build(settings("adam", guard=name), 60), 60)[2][-1] < loss(START)
@@ -145,6 +148,7 @@ def test_schedules_rise_through_the_warm_up_and_end_where_they_say(name):
     assert name not in ends or np.isclose(values[0, -1], ends[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_regularisation_is_the_formula():
     o = settings("sgd", learning_rate=0.1, l2=0.5, l1=0.25, weight_clip=0.8, weight_norm=1.0)
     grads = jax.tree.map(jnp.zeros_like, START)
@@ -160,6 +164,7 @@ def test_regularisation_is_the_formula():
     assert not np.any(updates["layers"]["bias"])
 
 
+@pytest.mark.slow
 def test_lbfgs_clips_the_direction_and_never_the_gradient():
     """On an ill-conditioned quadratic secant pairs of clipped gradients would be wrong; the step obeys the bound."""
     bound = 0.05

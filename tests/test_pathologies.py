@@ -26,6 +26,7 @@ def test_the_suite_is_as_large_as_it_must_be():
     assert max(keys.values()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu_scan_taps", "tanh_small", "rnn_gain", "stop_gradient"])
 def test_a_planted_sickness_is_found(name):
     """One process for each: what a case needs of dtype promotion is not that of the tests."""

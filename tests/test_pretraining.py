@@ -53,6 +53,7 @@ def expected_cd1(layer, v, binary):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [True, False])
 def test_contrastive_divergence_against_all_hidden_samples(binary, layer, key):
     v = jax.random.uniform(key, (3, 5))
@@ -65,6 +66,7 @@ def test_contrastive_divergence_against_all_hidden_samples(binary, layer, key):
         assert (np.abs(np.mean(draws, axis=0) - other[name]) > 4.5 * error).any()
 
 
+@pytest.mark.slow
 def test_contrastive_divergence_raises_the_likelihood_of_the_data(layer, key):
     """Exact log-likelihood of a binary machine of 5 + 4 units, by its 2^5 visible states, along 300 steps."""
     v = (jnp.arange(20)[:, None] % jnp.array([[2, 4, 2, 4, 5]]) == 0).astype(jnp.float32)
@@ -83,6 +85,7 @@ def test_contrastive_divergence_raises_the_likelihood_of_the_data(layer, key):
     assert log_likelihood(layer) < uniform + 0.5 < log_likelihood(trained) - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [True, False])
 def test_denoising_is_the_gradient_of_giving_back_what_was_masked(binary, layer, key, monkeypatch):
     """Without masks the direction is that of the plain loss, tied weights in both places; a quarter is masked."""
@@ -103,6 +106,7 @@ def test_denoising_is_the_gradient_of_giving_back_what_was_masked(binary, layer,
             assert np.allclose(found[name], -wanted[name], atol=1e-5) == same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rbm", "autoencoder"])
 def test_hidden_layers_alone_move_one_after_the_other(method, digits):
     """Read-out and structure stay; at rate 0 nothing moves; the first layer's result does not depend on those above."""
@@ -128,6 +132,7 @@ def test_hidden_layers_alone_move_one_after_the_other(method, digits):
     assert (kernels != plain["layers"]["dense"]["kernel"][0]).any(axis=(1, 2)).all()
 
 
+@pytest.mark.slow
 def test_layers_learn_what_those_below_pass_on(digits):
     """The second layer alone, from the first one's activations, is what the scan found."""
     e = experiment(train__pretrain="autoencoder", train__pretrain_rate=0.05, model__depth=2)
@@ -164,6 +169,7 @@ def test_networks_that_it_cannot_serve_are_refused(settings, reason, digits):
     assert "'lenet5' is not" in pretraining.refuses(type("E", (), {"train": e.train, "model": other})())
 
 
+@pytest.mark.slow
 def test_an_autoencoder_serves_any_activation(digits):
     config.check(experiment(train__pretrain="autoencoder", model__activation="prelu"))
     e = experiment(train__pretrain="autoencoder", model__activation="prelu", train__pretrain_rate=0.01)

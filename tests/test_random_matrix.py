@@ -123,6 +123,7 @@ def test_second_moments_are_the_recursion(keep, sigma_w, close):
             )
 
 
+@pytest.mark.slow
 def test_second_moment_of_linear_products():
     log_a, log_b = rm.log_second_moments(6, 32)
     assert round(math.exp(log_a), 3) == 7.764  # formula 3
@@ -192,6 +193,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", rm.WEIGHTS)
 def test_density_mass_and_moments(weights, close):
     for phi, q, depth, family in CASES:
@@ -275,6 +277,7 @@ def test_finite_depth_tends_to_the_limit():
     assert float(_limit(jnp.float64(s2), "smooth").log_lambda_max) == pytest.approx(smooth.log_lambda_max, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_smooth_density_against_multiprecision(close):
     """The erf curve, whose law has no atoms: its points solve the equation with E by multi-precision quadrature."""
     q, depth = 0.3, 16
@@ -313,6 +316,7 @@ def expected_shares(curve, edges):
     return below + curve.atom_mass * (edges > curve.log_atom)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("phi", "weights"), [("hard_tanh", "orthogonal"), (ERF, "orthogonal"), (ERF, "gaussian")])
 def test_density_against_simulation(phi, weights):
     q, depth, n = 0.2, 8, 128
@@ -340,6 +344,7 @@ def test_density_against_simulation(phi, weights):
 # ---- formula 8
 
 
+@pytest.mark.slow
 def test_norm_moments(close):
     widths = [7, 16, 16]
     for keep in (0.5, 1.0):
@@ -363,6 +368,7 @@ def test_norm_moments(close):
     assert float(wide.variance / wide.beta) == pytest.approx(1, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_norm_moments_against_relu_networks():
     log_norm = np.log((relu_products(np.random.default_rng(5), 4000, 8, 16)[:, :, 3] ** 2).sum(1))
 
@@ -409,6 +415,7 @@ def test_learning_dynamics(layers, close):
 # ---- what a user may rely on
 
 
+@pytest.mark.slow
 def test_dtypes_and_jit():
     law = rm.derivative_law("hard_tanh", jnp.float32(0.3))
     curve = _density(law, 16, 1.1, "orthogonal", num=64)

@@ -39,6 +39,7 @@ def test_readme_block(number):
     run(blocks()[number], f"README block {number}", {"__name__": "__readme__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_of_docs(page, tmp_path, monkeypatch):
     """One after the other, as a reader runs them: what one block defines the next may use."""
@@ -62,6 +63,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of(name):
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0

@@ -20,6 +20,7 @@ def test_there_is_one_for_each_framework():
     assert [path.stem for path in SCRIPTS] == ["diagnose_equinox", "diagnose_linen", "diagnose_nnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_fifteen_lines_find_a_stock_model_healthy(path):
     text = path.read_text()
@@ -27,6 +28,7 @@ def test_fifteen_lines_find_a_stock_model_healthy(path):
     assert run(str(path)).startswith("verdict: healthy\n")
 
 
+@pytest.mark.slow
 def test_the_same_script_with_forty_layers_is_sick():
     """Equinox draws weights of variance 1/(3 fan_in); ReLU halves what is left: -0.9 nats per layer."""
     text = next(path for path in SCRIPTS if "equinox" in path.stem).read_text()

@@ -106,6 +106,7 @@ def test_graded_product_where_float64_is_noise():
     assert np.abs(naive(factors) - exact).max() > 1  # the control: the test can fail
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(n=st.sampled_from([1, 5, N]), seed=st.integers(0, 2**16), gain=st.sampled_from([1e-9, 1, 1e9]))
 def test_random_sizes(n, seed, gain):
@@ -157,6 +158,7 @@ FAMILIES = {
 family = pytest.mark.parametrize("factors", FAMILIES.values(), ids=FAMILIES.keys())
 
 
+@pytest.mark.slow
 @family
 def test_sum_is_log_determinant(factors):
     exact = np.linalg.slogdet(factors.astype(float))[1].sum()
@@ -336,6 +338,7 @@ def test_bottleneck_is_structural_zero():
 # ---- what cannot be known is told
 
 
+@pytest.mark.slow
 def test_nan_and_inf_stay_in_their_lane():
     factors = np.stack([gaussian(seed=i) for i in range(4)])
     clean = log_singular_values(factors)
@@ -363,6 +366,7 @@ def test_there_and_back_warns():
         log_singular_values(np.concatenate([a, np.linalg.inv(a)[::-1]]))
 
 
+@pytest.mark.slow
 def test_undetermined_values_are_counted():
     """A matrix of ones, perturbed in the last float32 bit: seven of its values are rounding."""
     factors = np.full((1, 8, 8), np.float32(1) / 3)
@@ -416,6 +420,7 @@ def test_numpy_jax_and_half_precision_inputs():
     assert log_singular_values(half).dtype == np.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), N])
 def test_on_tracers(n):
     factors = jnp.asarray(np.stack([gaussian(DEPTH, n, i) for i in range(3)]))
@@ -482,6 +487,7 @@ def layer_products(step, h, thetas):
     return np.stack(jacobians)
 
 
+@pytest.mark.slow
 def test_step_is_its_layer_jacobians():
     weights, h = jnp.asarray(1.5 * gaussian()), jnp.ones(N)
     found = jacobian_spectrum(tanh_step, h, weights, layers=True)
@@ -496,6 +502,7 @@ def test_step_is_its_layer_jacobians():
     assert found.condition_nats == pytest.approx(found.log_singular_values[0] - found.log_singular_values[-1])
 
 
+@pytest.mark.slow
 def test_pytree_state_and_thetas():
     """An LSTM-like cell: the state is a dict, theta holds an input and a gate."""
 
@@ -510,6 +517,7 @@ def test_pytree_state_and_thetas():
     assert np.isfinite(found.log_singular_values[:5]).all()
 
 
+@pytest.mark.slow
 def test_keys_as_thetas_are_the_weights_they_draw():
     keys = jax.random.split(jax.random.key(1), DEPTH)
     draw = lambda key: jax.random.normal(key, (N, N)) / np.float32(np.sqrt(N))
@@ -517,6 +525,7 @@ def test_keys_as_thetas_are_the_weights_they_draw():
     assert np.abs(found.log_singular_values - log_singular_values(jax.vmap(draw)(keys))).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_step_keeps_its_dtypes_and_draws():
     """Inside x64, jnp.zeros, random.normal and a dropout mask would all be others; here they are not."""
     seen = []
@@ -547,6 +556,7 @@ def test_the_gradient_that_training_sees():
     assert np.abs(found.log_singular_values - DEPTH * np.log(2) - log_singular_values(weights)).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_lanes_of_inputs_and_of_seeds():
     weights = jnp.asarray(np.stack([1.2 * gaussian(seed=i) for i in range(3)]))
     inputs = jnp.asarray(rng().standard_normal((3, N)), jnp.float32)
@@ -574,6 +584,7 @@ def test_links_are_the_scan():
         assert np.abs(a - b).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_links_of_unequal_width_and_stacks():
     embed, readout = jnp.asarray(rng(1).standard_normal((N, 3)), jnp.float32), jnp.asarray(gaussian(1)[0, :2])
     links = [(tanh_step, embed), Scan(tanh_step, jnp.asarray(gaussian(4, N))), (lambda h, w: w @ h, readout)]
@@ -585,6 +596,7 @@ def test_links_of_unequal_width_and_stacks():
     assert np.abs(lanes - found.log_singular_values).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_step_on_tracers():
     weights, inputs = jnp.asarray(1.2 * gaussian()), jnp.asarray(rng().standard_normal((3, N)), jnp.float32)
     host = jacobian_spectrum(tanh_step, inputs, weights, in_axes=(0, None), layers=True)
@@ -648,6 +660,7 @@ def test_exponents_sum_to_log_determinant():
     assert np.abs(found.exponents.sum(-1) - np.linalg.slogdet(factors.astype(float))[1].mean(-1)).max() < 1e-12
 
 
+@pytest.mark.slow
 def test_newman_exponents():
     """Formula of Newman 1986; the joint chi-squared over all exponents, and a gain 1% off as the control."""
     from scipy.special import digamma, polygamma

@@ -41,12 +41,14 @@ def float64_log_gradients(w, h):
     return np.log(norms[::-1])
 
 
+@pytest.mark.slow
 def test_layer_jacobians_multiply_to_the_jacobian_of_the_network(key):
     w, h = weights(key), jnp.linspace(-1, 1, 16)
     product = functools.reduce(lambda j, factor: factor @ j, layer_jacobians(tanh_step, h, w))
     np.testing.assert_allclose(product, jax.jacfwd(lambda h: run(tanh_step, h, w))(h), rtol=2e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_signals_are_float64_gradients(key):
     w, h = weights(key), jnp.linspace(-1, 1, 16)
     measured = signals(tanh_step, h, w, loss=square_loss)
@@ -86,6 +88,7 @@ def test_a_plain_float32_gradient_fails_where_signals_do_not():
     np.testing.assert_allclose(measured.log_cotangent_rms[0], 400 * np.log(0.5), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_links_scans_and_mixtures_of_them_agree(key):
     w, h = weights(key), jnp.linspace(-1, 1, 16)
     scanned = signals(tanh_step, h, w, loss=square_loss)
@@ -121,6 +124,7 @@ def test_a_pytree_state_is_one_vector(key):
     np.testing.assert_allclose(after[0], np.full(3, 0.9))
 
 
+@pytest.mark.slow
 def test_thetas_may_be_keys_from_which_the_step_draws(key):
     def step(h, key):
         return tanh_step(h, jax.random.normal(key, (16, 16)) * 0.5)
@@ -132,6 +136,7 @@ def test_thetas_may_be_keys_from_which_the_step_draws(key):
     assert np.all(np.isneginf(drawn.log_gradient_norm))  # no parameter is there to have a gradient
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_grad_compose(key):
     w, hs = weights(key), jax.random.normal(key, (5, 16))
     growth = lambda h, w: signals(tanh_step, h, w, loss=square_loss).log_cotangent_rms[0]

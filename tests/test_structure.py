@@ -70,6 +70,7 @@ def test_a_branch_that_a_skip_passes_by_is_not_on_the_chain():
     assert {a.on_chain for a in found.activations if a.layer == "sum0"} == {True}
 
 
+@pytest.mark.slow
 def test_the_sum_of_a_skip_is_on_the_chain_though_no_module_returns_it():
     class Net(nn.Module):
         @nn.compact

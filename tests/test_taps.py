@@ -102,6 +102,7 @@ def as_remat(ws, x):
     return mean_square(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [as_jit, as_vmap, as_remat, lambda ws, x: unrolled(tap, ws, x)])
 def test_calls_are_looked_into(written, weights, report):
     expected = plainly(unrolled, *weights)
@@ -209,6 +210,7 @@ def test_the_branch_that_was_taken(index, weights, report):
     agree(found, (loss, values, cotangents, grads), report)
 
 
+@pytest.mark.slow
 def test_cond_in_a_scan_by_rows_and_under_vmap(weights, report):
     ws, x = weights
 
@@ -321,6 +323,7 @@ def test_axes_that_a_vmap_maps_come_first(weights):
     assert [eqn.outvars[0].aval.shape for eqn in names] == [(4, 5)]
 
 
+@pytest.mark.slow
 def test_a_probe_inside_jit_vmap_and_grad(weights, report):
     _, x = weights
     seeds = 0.7 * jax.random.normal(jax.random.key(5), (3, 4, 3, 3))

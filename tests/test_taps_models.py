@@ -91,6 +91,7 @@ def setup(at, p, x):
     return square(at(at(dense(p["out"], at(x, "Setup.encode")), "out"), "Setup"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "by_hand"), [(Compact(), compact), (Setup(), setup)])
 def test_linen_modules_by_their_paths(module, by_hand, report):
     loss, params = linen(module)
@@ -113,6 +114,7 @@ class Stack(nn.Module):
         return stack(body(name="layers"), x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_linen_scan_has_rows(remat, reverse, report):
@@ -126,6 +128,7 @@ def test_linen_scan_has_rows(remat, reverse, report):
     agree(probe(jax.jit(loss), params, X), plainly(by_hand, params, X), report)
 
 
+@pytest.mark.slow
 def test_linen_vmap_has_the_mapped_axis_first(report):
     class Heads(nn.Module):
         @nn.compact
@@ -141,6 +144,7 @@ def test_linen_vmap_has_the_mapped_axis_first(report):
     agree(probe(loss, params, X), plainly(by_hand, params, X), report)
 
 
+@pytest.mark.slow
 def test_linen_lstm_has_every_output_of_its_cell(report):
     module = nn.RNN(nn.OptimizedLSTMCell(3), name="rnn")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -176,6 +180,7 @@ def test_linen_lstm_has_every_output_of_its_cell(report):
     report("probe against perturbations by hand", max(jax.tree.leaves(jax.tree.map(error, found.grads["cell"], grads))))
 
 
+@pytest.mark.slow
 def test_linen_batchnorm_and_dropout(report):
     class Net(nn.Module):
         @nn.compact
@@ -258,6 +263,7 @@ def plain_names(found):
     return found._replace(values=move(found.values), cotangents=move(found.cotangents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [False, True])
 def test_nnx_modules_by_their_attributes(jitted, report):
     model = Net(nnx.Rngs(0))

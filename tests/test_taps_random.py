@@ -112,6 +112,7 @@ def check_random_program(program, vmapped):
             assert not np.asarray(found.cotangents[name])[~rows].any()
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(operations(), st.booleans())
 def test_random_programs(program, vmapped):

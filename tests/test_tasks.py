@@ -107,6 +107,7 @@ def test_an_epoch_is_a_permutation(n, seed):
     np.testing.assert_array_equal(jnp.sort(image), positions)
 
 
+@pytest.mark.slow
 def test_an_epoch_visits_every_example_once_in_a_jitted_scan(key):
     num_steps, batch_size = 30, 8
 
@@ -127,6 +128,7 @@ def test_an_epoch_visits_every_example_once_in_a_jitted_scan(key):
     np.testing.assert_array_equal(jax.vmap(stream)(keys).y[1], seen.y)
 
 
+@pytest.mark.slow
 def test_the_remainder_of_an_epoch_is_another_one_each_time(key):
     left_out = set()
     for epoch in range(12):

@@ -51,6 +51,7 @@ def distance(name, factor=1.0):
     return diagnosis.theory(measured(name).assign(theory_log_cotangent_rms=("layer", line)))["standard_errors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [FAST, pytest.param(tuple(NETWORKS), marks=pytest.mark.slow)], ids=["two", "all"])
 def test_measured_growth_agrees_and_sigma_w_5_percent_off_does_not(names, report):
     """By chi-squared, p > 1e-3, jointly over the networks; the same criterion rejects each wrong theory by itself."""
@@ -91,6 +92,7 @@ def test_relu_is_hanin_and_nica(report):
     np.testing.assert_allclose(2 * t.sd_log_activation_rms[-1], (5 * 200 / 64) ** 0.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
 def test_depth_has_the_rates_of_mean_field(weights):
     """Per layer, far from both ends: log chi_1 with its finite-width shift, and the variance of `log_variance`."""

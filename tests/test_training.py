@@ -39,6 +39,7 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in plain]
 
 
+@pytest.mark.slow
 def test_members_learn_and_one_that_explodes_leaves_the_others_bits_alone(digits):
     problem = training.problem_of(experiment(), digits)
     start, _ = compiled(problem)
@@ -80,6 +81,7 @@ def test_where_chunks_end_changes_no_bit(digits):
     assert bits(ends[0]) == bits(ends[1])
 
 
+@pytest.mark.slow
 def test_a_seed_that_has_reached_its_target_rests(digits):
     problem = training.problem_of(experiment(train__target=0.25, train__stop_at_target=True), digits)
     start, chunk = compiled(problem)
@@ -92,6 +94,7 @@ def test_a_seed_that_has_reached_its_target_rests(digits):
     assert bits(one(first, 0)) == bits(one(second, 0)) and second.count.tolist() == [20, 40]
 
 
+@pytest.mark.slow
 def test_a_loss_above_its_bound_is_a_divergence(digits):
     problem = training.problem_of(experiment(train__max_loss=1e-3), digits)
     start, chunk = compiled(problem)
@@ -101,6 +104,7 @@ def test_a_loss_above_its_bound_is_a_divergence(digits):
     np.testing.assert_array_equal(record.score[0, :1].shape, (1,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_regression_and_sequences(sequence):
     """A linear teacher is learnt to R^2 > .99; targets of a class per time step are read like others."""
@@ -132,6 +136,7 @@ def test_scores_of_targets_of_every_kind():
     assert float(asked.loss) == pytest.approx(-np.log(0.9), rel=1e-6) and float(asked.score) == 1.0
 
 
+@pytest.mark.slow
 def test_several_outputs_are_one_regression():
     """The teacher has 1000-100-10 units and standardised outputs, and a student of that shape learns some of it."""
     x, y = teacher(jax.random.key(0), 1200)

@@ -228,6 +228,7 @@ QUICK = {"phases": [Phase.explicit, Phase.reuse, Phase.generate]}  # a failing t
 EXPONENTS = st.tuples(*[st.floats(-44, 38.4)] * 4)
 
 
+@pytest.mark.slow
 @every_clipping
 @settings(max_examples=12, **QUICK)
 @given(seed=st.integers(0, 10**6), exponents=EXPONENTS, log_t=st.floats(-3, 3))
@@ -256,6 +257,7 @@ def test_scaling_gradient_and_threshold_scales_the_update(name, seed, exponents)
     chex.assert_trees_all_equal(jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), small), large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(set(RULES) - set(EAGER)), scope="module")
 def test_eager_is_jitted(name):
     updates, params, state = draw("mixed", 0, (10, 30, 2, 0)), ones("mixed"), fresh(name, "mixed")
@@ -263,6 +265,7 @@ def test_eager_is_jitted(name):
     chex.assert_trees_all_close(*both, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(SLOW), scope="module")
 def test_lanes_of_a_scan_are_single_steps_and_nothing_retraces(name):
     """Each lane has a threshold of its own; one of them receives a NaN, which leaves its neighbours alone."""
@@ -450,6 +453,7 @@ def test_optax_has_the_same_rule_where_it_is_right(name):
         assert all(np.all(x == 0) for x in jax.tree.leaves(lost)), "the control: Optax's update is zero"
 
 
+@pytest.mark.slow
 def test_examples_are_clipped_one_by_one_and_averaged():
     rng, params = np.random.default_rng(0), {"w": jnp.zeros((3, 2)), "b": jnp.zeros(())}
     size = np.array([1e-3, 0.1, 1e3, 1e20, 3e38])
@@ -617,6 +621,7 @@ CURES = [T.clip, T.clip_by_global_norm, T.autoclip, T.zclip, T.adagc, T.historic
 CURES = [pytest.param(c, marks=[pytest.mark.slow] if c in CURES[4:6] else [], id=c.__name__) for c in CURES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cure", CURES)
 def test_with_ours_it_trains_on(cure):
     adam = optax.adam(1e-2)
