@@ -35,12 +35,12 @@ class Config:
     width: int = 48
     seq_len: int = 8
     depths: tuple[int, ...] = (8, 32, 128)
-    networks: int = 32  # post-LN's, whose gradients differ by decades between networks; DeepNorm's are a quarter
+    networks: int = 64  # post-LN's, whose gradients differ by decades between networks; DeepNorm's are an eighth
     alpha: float = 0.25  # DeepNorm's exponents of 2N and 8N
     beta: float = -0.25
 
 
-SMALL = dict(width=24, seq_len=8, depths=(8, 24, 72), networks=32)
+SMALL = dict(width=24, seq_len=8, depths=(8, 24, 72), networks=64)
 CONTROLS = {"alpha without its exponent": dict(alpha=0.0), "beta without its exponent": dict(beta=0.0)}
 
 
@@ -74,7 +74,7 @@ def network(key: jax.Array, depth: jax.Array, alpha: jax.Array, beta: jax.Array,
 
 def run(config: Config) -> xr.Dataset:
     """Squared gradients per kind, depth, network and layer."""
-    counts = {"DeepNorm": config.networks // 4, "post-LN": config.networks}
+    counts = {"DeepNorm": config.networks // 8, "post-LN": config.networks}
     one = functools.partial(network, config=config)
     simulate = jax.jit(one)
     ds = xr.Dataset(coords={"depth": list(config.depths)})
