@@ -53,8 +53,10 @@ $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]' -c constraints/$$pins.txt; \
 	touch $@
 
-demo: setup  ## diagnose an exploding network: verdict, table per layer, figure
+demo: setup  ## diagnose an exploding network and cure it: verdict, table per layer, ranking, figures
 	$(BIN)/gradjax diagnose configs/demo.toml
+	$(BIN)/gradjax cure configs/demo.toml --no_pairs \
+	  --remedies critical_init,orthogonal_init,residual_scaled,clip_by_global_norm
 
 test: setup  ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow' -n 2

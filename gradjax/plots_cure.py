@@ -59,6 +59,8 @@ def _ranking(ax: Axes, rows: Sequence[Mapping[str, Any]], colors: Mapping[str, s
         text = f"{row['score']:.2f}" + (f"  {row['diverged']} lost" if row["diverged"] else "")
         ax.text(1.04, place, text, va="center", fontsize=8.5, color=GREY)
     ax.set_yticks(y, [row["remedy"].replace("_", " ").replace("+", " +\n") for row in rows], fontsize=9)
+    for label, row in zip(ax.get_yticklabels(), rows, strict=True):  # the legend of the other panels
+        label.set_color(colors.get(row["remedy"], "black"))
     ax.set(title="Share of seeds that train", xlabel="share (95% interval); mean score beside it")
     ax.set(xlim=(0, 1.0), ylim=(-0.6, len(rows) - 0.4))
     ax.grid(axis="y", visible=False)
@@ -71,7 +73,6 @@ def _scores(ax: Axes, ds: xr.Dataset, colors: Mapping[str, str]) -> None:
     ax.axhline(ds.attrs["target"], color=GREY, lw=1, ls="--")
     low = float(np.nanquantile(ds["validation_score"].values, 0.02))
     ax.set(title="Validation score (dashed: target)", xlabel="step", ylim=(max(low, -0.2) - 0.05, 1.03))
-    ax.legend(loc="best", fontsize=8)
 
 
 def _norms(ax: Axes, ds: xr.Dataset, colors: Mapping[str, str]) -> None:
