@@ -87,10 +87,15 @@ def _norms(ax: Axes, ds: xr.Dataset, colors: Mapping[str, str]) -> None:
 
 
 def _layers(ax: Axes, before: xr.Dataset, after: xr.Dataset | None, winner: str) -> None:
+    """Gradient of each layer's parameters; where a recurrence is the whole depth, its state's cotangent over time."""
+    over_time = before.sizes.get("layer", 0) < 2 and "log_time_cotangent_rms" in before
+    name, dim = ("log_time_cotangent_rms", "time") if over_time else ("log_gradient_norm", "layer")
     for ds, color, label in ((before, SICK, "before"), (after, GREEN, winner.replace("_", " "))):
-        if ds is not None and ds.sizes.get("layer", 0):
-            _curve(ax, np.arange(1, ds.sizes["layer"] + 1), ds, "log_gradient_norm", color, label)
-    _log_axis(ax, "Gradient per layer, at the start", "layer", r"norm $\|\partial\mathcal{L}/\partial\theta_l\|$")
+        if ds is not None and name in ds and ds.sizes[dim]:
+            _curve(ax, np.arange(1, ds.sizes[dim] + 1), ds, name, color, label)
+    of = r"rms $\partial\mathcal{L}/\partial h_t$" if over_time else r"norm $\|\partial\mathcal{L}/\partial\theta_l\|$"
+    title = "Gradient over time" if over_time else "Gradient per layer"
+    _log_axis(ax, f"{title}, at the start", "step" if over_time else "layer", of)
     ax.legend(fontsize=8)
 
 
