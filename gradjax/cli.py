@@ -240,11 +240,9 @@ def _print_cure(summary, folder) -> None:
     from rich.table import Table
 
     console, rows = Console(), summary["ranking"]
-    table = Table(
-        title=f"{len(rows) - 1} remedies, best first; {summary['programs']} programs compiled", box=box.SIMPLE_HEAD
-    )
-    table.title_justify = "left"
-    table.add_column("remedy", no_wrap=True)
+    title = f"{len(rows) - 1} remedies, best first; {summary['programs']} programs compiled"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
+    table.add_column("remedy", overflow="fold")  # of two remedies the name is long; numbers are shown whole
     for heading in ("trained", "95% interval", "score", "steps", "σ", "lost", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.caption = "steps: to the target; σ: of the log gradient norm in training; ms: of a step of one seed"
@@ -255,8 +253,11 @@ def _print_cure(summary, folder) -> None:
         style = "bold" if row["remedy"] == "untreated" else ""
         table.add_row(row["remedy"], *cells, *more, f"{1e3 * row['seconds_per_step']:.1f}", style=style)
     console.print(table)
+    reasons: dict[str, list[str]] = {}
     for name, reason in summary["left_out"].items():
-        console.print(f"left out: {name}: {reason}", highlight=False)
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        console.print(f"left out: {', '.join(names)}: {reason}", highlight=False)
     console.print(f"\n{summary['story']}", highlight=False)
     console.print(
         f"{summary['seconds']} s. The config with the winner: {folder / 'cured.toml'}", highlight=False, soft_wrap=True
