@@ -39,6 +39,7 @@ import scipy.stats
 import gradjax
 from gradjax import ablation, config, models, results, tasks, training
 from gradjax.config import Experiment
+from gradjax.program import rule_for_workers
 
 SICK = 6.0  # nats in all, the threshold of `gradjax diagnose`
 CURED = 0.9  # share of seeds, as for `gradjax cure`
@@ -229,7 +230,7 @@ def growth(experiments: Mapping[str, Experiment], seeds: int, say: Callable[[str
         say(f"at the start: {m.activation} {m.name}, {m.depth} x {m.width}, {len(names)} settings x {seeds} seeds")
         return dict(zip(names, np.asarray(found, float), strict=True))
 
-    with ThreadPoolExecutor(ablation.rule_for_workers(Experiment())) as pool:
+    with ThreadPoolExecutor(rule_for_workers(Experiment())) as pool:
         parts = list(pool.map(program, groups))
     return {name: values for part in parts for name, values in part.items()}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from gradjax import ablation, config, results
+from gradjax import ablation, config, program, results
 from gradjax.config import ConfigError
 
 BASE = config.replace(
@@ -56,7 +56,7 @@ def test_a_diverged_member_is_marked_and_the_others_train(whole):
 
 @pytest.mark.slow
 def test_in_memory_and_on_one_worker_the_bits_are_equal(whole, monkeypatch):
-    monkeypatch.setattr(ablation, "rule_for_workers", lambda experiment: 1)
+    monkeypatch.setattr(program, "rule_for_workers", lambda experiment: 1)
     assert equal(ablation.sweep(BASE, VARY), whole[1])
 
 
@@ -131,7 +131,7 @@ def test_static_settings_are_programs_of_their_own_along_their_dimensions():
 
 @pytest.mark.slow
 def test_what_does_not_fit_into_memory_gets_fewer_lanes_and_says_so(whole, monkeypatch):
-    monkeypatch.setattr(ablation, "free_memory", lambda: 1)
+    monkeypatch.setattr(program, "free_memory", lambda: 1)
     ds = ablation.sweep(config.replace(BASE, {"train.num_steps": 10}), VARY)
     assert "lanes halved from 2 to 1" in ds.attrs["plan"] and "9 blocks of 1 lanes" in ds.attrs["plan"]
 

@@ -47,8 +47,10 @@ MAY_IMPORT = {
     "monitor": {"alarm", "transforms", "results"},
     "diagnosis": {"evidence", "rules", "results", "matrix_free", "scale", "taps", "transforms", "plots"},
     "measure": {"config", "models", "training", "tasks", "step", "spectrum", "theory", "evidence", "diagnosis"},
+    "program": {"config", "models", "tasks", "training"},
     "ablation": {
         "config",
+        "program",
         "grid",
         "models",
         "training",
