@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from gradjax import ablation, config, grid
+from gradjax.program import Compiler
 from gradjax.tasks import Split, Splits
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lenet5_mnist.toml"
@@ -42,7 +43,7 @@ def data(examples: int) -> Splits:
 def ours(steps: int, splits: Splits):
     """A function that trains for an epoch and returns its seconds."""
     base = config.replace(config.load(CONFIG), {"train.num_steps": steps, "train.eval_every": steps})
-    cell = ablation._cell(0, base, grid.grid(base), splits, None, False)
+    cell = ablation._cell(0, base, grid.grid(base), splits, Compiler())
 
     def run() -> float:
         began = time.perf_counter()

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from gradjax import ablation, config, grid
+from gradjax.program import Compiler
 from gradjax.tasks import Split, Splits
 
 NETWORKS = {"784-256-10": (1, 256), "20 x 128": (20, 128)}
@@ -47,7 +48,7 @@ def experiment(network: str, seeds: int, steps: int) -> config.Experiment:
 def ours(network: str, seeds: int, steps: int, splits: Splits):
     """A function that trains all seeds and returns seeds x steps per second; and the plan."""
     base = experiment(network, seeds, steps)
-    cell = ablation._cell(0, base, grid.grid(base), splits, None, False)
+    cell = ablation._cell(0, base, grid.grid(base), splits, Compiler())
 
     def run() -> float:
         began = time.perf_counter()
