@@ -1,6 +1,6 @@
 """Time of an epoch of LeNet-5 on MNIST's shapes: `gradjax.sweep`'s own program against PyTorch.
 
-    python benchmarks/bench_lenet.py [--json] [--quick]
+    python benchmarks/bench_lenet.py [--json] [--quick] [--write]
 
 One seed of `configs/lenet5_mnist.toml` (its batch size, Adam, ReLU), all on the same cores, rounds interleaved. Ours
 trains through the sweep's own program, with the guard against divergence and, after the epoch, validation and signals
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 
 from gradjax import ablation, config, grid
 from gradjax.program import Compiler
@@ -116,11 +117,24 @@ def torch_loop(steps: int, batch: int, splits: Splits):
     return run
 
 
+def lines(out: dict, about: dict) -> list[str]:
+    """The section of RESULTS.md."""
+    said = f"`python benchmarks/bench_lenet.py`: {report.in_words(about)}. Medians of rounds; ours includes validation,"
+    found = ["## LeNet-5: an epoch of MNIST\n", f"{said} signals per layer and the divergence guard.\n"]
+    found += ["| program | s | ours over it | goal |", "|---|---|---|---|"]
+    for name, seconds in out["seconds"].items():
+        over, goal = out["ours_over"].get(name), out["goals"].get(name)
+        met = "" if goal is None else f"{goal}: {'yes' if over <= goal else '**no**'}"
+        found.append(f"| {name.replace('_', ' ')} | {seconds} | {'' if over is None else over} | {met} |")
+    return found
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--quick", action="store_true", help="a tenth of an epoch, one round")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     options = parser.parse_args()
     examples, rounds = (5_700, 1) if options.quick else (57_000, 3)
     splits = data(examples)
@@ -148,6 +162,8 @@ def main() -> None:
         },
         "goals": {"torch_loop": GOAL},
     }
+    if options.write:
+        report.write("bench_lenet", lines(out, report.machine(examples=examples, batch=batch, rounds=rounds)))
     print(json.dumps(out, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in out.items()))
 
 
