@@ -5,12 +5,16 @@ squared singular values lambda, stays 1/4 or 4. As L grows the spectrum tends to
 hard-tanh (below sigma_0^2 = 1 an atom of mass 1 - sigma_0^2 at e^(sigma_0^2), above it a curve up to e sigma_0^2) and
 smooth for erf (a curve up to lambda_max).
 
-Verified, in real networks with their forward pass, width 400: the atom within 0.05 and lambda_max within 5% of the
-finite-depth law `random_matrix.product_density`, whose limits are the paper's (derived in
-`random_matrix.limit_density`). The largest of N values stays below the edge of a law by 1.21 (N A)^(-2/3) (Tracy and
-Widom), A sqrt(edge - lambda) / pi being the density next to the edge: some 2% here, and accounted for. At sigma_0^2 = 4
-lambda_max is held to 20% only: the length of a network stays some percent off q*, and moves sigma_0^2, to which
-lambda_max is then proportional, by two or three times as much. Not covered: the classes' other members.
+Verified, in real networks with their forward pass, width 400: the atom within 0.05, and lambda_max over the mean of
+lambda, which is 1 at criticality, within 5% (sigma_0^2 = 1/4) and 10% (4) of the finite-depth law
+`random_matrix.product_density`, whose limits are the paper's (derived in `random_matrix.limit_density`). The largest of
+N values stays below the edge of a law by 1.21 (N A)^(-2/3) (Tracy and Widom), A sqrt(edge - lambda) / pi being the
+density next to the edge: some 2% here, and accounted for.
+
+Why over the mean: the length of a network of finite width stays some percent off q*, which moves the product of all
+chi_l, the mean of lambda. At sigma_0^2 = 4 its logarithm has a deviation of 0.11 to 0.14 from network to network, and
+lambda_max follows it; over the mean, lambda_max has one of 4 to 5% (40 networks and inputs of each kind), and no bias
+that they show. The mean itself is held to a factor of e^(1/2). Not covered: the classes' other members.
 """
 
 import functools
@@ -48,7 +52,7 @@ PHI = {"hard_tanh": lambda h: jnp.clip(h, -1, 1), "erf": erf}
 class Config:
     seed: int = 0
     width: int = 400
-    num_networks: int = 2
+    num_networks: int = 4
     num_inputs: int = 2  # of each network
     gain: float = 1.0  # times the critical sigma_w
     spread: float = 1.0  # times sigma_0^2
@@ -171,7 +175,12 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
                     mass, error = mean_error(at_atom(values, curve).mean(1))
                     options = {"error": error, "absolute": 0.05, "asymptotic": True}
                     claims.append(close(f"mass of the atom, {at}", mass, curve.atom_mass, source, **options))
-                edge, error = mean_error(np.exp(values.max(1)))
-                options = {"error": error, "relative": 0.05 if spread < 1 else 0.2, "asymptotic": True}
-                claims.append(close(f"lambda_max, {at}", edge, largest(curve, ds.sizes["i"]), source, **options))
+                mean = np.exp(values).mean(1)
+                edge, error = mean_error(np.exp(values.max(1)) / mean)
+                options = {"error": error, "relative": 0.05 if spread < 1 else 0.1, "asymptotic": True}
+                wanted = largest(curve, ds.sizes["i"])
+                claims.append(close(f"lambda_max over the mean of lambda, {at}", edge, wanted, source, **options))
+                found, error = mean_error(np.log(mean))
+                options = {"error": error, "absolute": 0.5, "asymptotic": True}
+                claims.append(close(f"log of the mean of lambda, {at}", found, 0, "criticality: chi = 1", **options))
     return tuple(claims)
