@@ -10,6 +10,7 @@ is else left out. The goal: at most 0.7 of PyTorch's time.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -163,7 +164,8 @@ def main() -> None:
         "goals": {"torch_loop": GOAL},
     }
     if options.write:
-        report.write("bench_lenet", lines(out, report.machine(examples=examples, batch=batch, rounds=rounds)))
+        peer = {"PyTorch": importlib.metadata.version("torch")} if "torch_loop" in peers else {}
+        report.write("bench_lenet", lines(out, report.machine(examples=examples, batch=batch, rounds=rounds, **peer)))
     print(json.dumps(out, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in out.items()))
 
 

@@ -72,7 +72,7 @@ def rule_for_lanes(experiment: Experiment, members: int) -> int:
     share = math.ceil(members / (rule_for_workers(experiment) * jax.process_count()))
     if jax.default_backend() != "cpu":
         return share
-    if experiment.model.name in CONVOLUTIONAL:  # a seed costs 1.4 (LeNet-5) to 4 times as much among four
+    if experiment.model.name in CONVOLUTIONAL:  # a seed costs 1.5 times as much among four (LeNet-5)
         return 1
     work = experiment.task.batch_size * experiment.model.width**2
     return max(1, min(share, MAX_CPU_LANES, CPU_WORK // work))
@@ -120,6 +120,16 @@ class Compiler:
             return self.found[key]
 
 
+def _alone(f: Callable) -> Callable:
+    """`f` for one lane: what vmap gives, without an axis of 1 that keeps XLA from its best products of matrices."""
+
+    def run(member: PyTree, hparams: PyTree, data: Splits) -> PyTree:
+        member, hparams = jax.tree.map(lambda x: x[0], (member, hparams))
+        return jax.tree.map(lambda x: x[None], f(member, hparams, data))
+
+    return run
+
+
 def _program(problem: Problem, names: list[str], data: Splits, lanes: int, device: Any, compiler: Compiler) -> Program:
     """Trace and compile a program for blocks of `lanes` members."""
     train, where = problem.experiment.train, SingleDeviceSharding(device)
@@ -129,7 +139,7 @@ def _program(problem: Problem, names: list[str], data: Splits, lanes: int, devic
         problem = dataclasses.replace(problem, batch_sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
 
     def lowered(f: Callable, *args: PyTree, donate: tuple[int, ...] = ()) -> Any:
-        vmapped = jax.vmap(f, in_axes=(0, 0, None))
+        vmapped = jax.vmap(f, in_axes=(0, 0, None)) if lanes > 1 else _alone(f)
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
         return jax.jit(vmapped, donate_argnums=donate, out_shardings=where).lower(*described)
 

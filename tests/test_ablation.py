@@ -134,6 +134,8 @@ def test_what_does_not_fit_into_memory_gets_fewer_lanes_and_says_so(whole, monke
     monkeypatch.setattr(program, "free_memory", lambda: 1)
     ds = ablation.sweep(config.replace(BASE, {"train.num_steps": 10}), VARY)
     assert "lanes halved from 2 to 1" in ds.attrs["plan"] and "9 blocks of 1 lanes" in ds.attrs["plan"]
+    calm = {"optimizer.learning_rate": [0, 1]}  # one lane, which has no axis, trains as several do
+    np.testing.assert_allclose(ds.loss.isel(calm), whole[1].loss.isel(calm)[..., :10], rtol=1e-5)
 
 
 @pytest.mark.slow

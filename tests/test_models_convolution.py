@@ -1,5 +1,8 @@
 """Convolutional and graph architectures: the contract of every model, and what each of them is known for."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +155,23 @@ def test_lowerings_agree(side, size, stride, tile, key):
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize("side", [(7, 11), (8, 8), (6, 15)])
+@pytest.mark.parametrize("cin", [1, 2])
+def test_tiles_pool_what_they_give(side, cin, key):
+    """Values, gradients, forward mode and vmap of the pooled tiles are those of XLA's convolution and `pool`."""
+    h, kernel = jax.random.normal(key, (2, 3, *side, cin)), jax.random.normal(key, (5, 5, cin, 3))
+    ours, other = functools.partial(tiled, pooled=True), lambda h, kernel: pool(direct(h, kernel))
+
+    def of(f):
+        loss = lambda h, kernel: jnp.sum(jnp.sin(f(h, kernel)))
+        moved = jax.jvp(f, (h, kernel), (jnp.cos(h), jnp.cos(kernel)))[1]
+        one = jax.vmap(jax.vmap(jax.jacfwd(lambda h: f(h, kernel)[0, 0])))(h)
+        return [f(h, kernel), *jax.grad(loss, (0, 1))(h, kernel), moved, one]
+
+    for a, b in zip(jax.jit(of, static_argnums=0)(ours), jax.jit(of, static_argnums=0)(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
 @pytest.mark.parametrize("padding", ["same", "circular"])
 @pytest.mark.parametrize("size", [3, 5])
 def test_padding(padding, size, key):
@@ -172,6 +192,21 @@ def test_pooling(key):
     np.testing.assert_array_equal(neighbours(h), window(h, (1, 3, 3, 1), (1, 1, 1, 1), "SAME"))
     np.testing.assert_allclose(pool(h, average=True)[0, 1, 0], h[0, 2:4, :2].mean((0, 1)), rtol=1e-5)
     assert pool(h[:, :1]).shape == (3, 1, 4, 2)
+    assert convolve(jnp.ones((3, 5, 6, 2)), jnp.ones((5, 5, 2, 3)), padding="valid", pooled=True).shape == (3, 1, 2, 3)
+    assert Conv(3, 5, pooled=True).init_with_output(key, h)[0].shape == (3, 3, 2, 3)
+
+
+def test_derivative_of_pooling(key):
+    """The largest has it, ties share it, and nan is not lost."""
+    h = jnp.asarray([[1.0, 3.0], [2.0, 0.0]])[None, ..., None]
+    of = lambda h: np.asarray(jax.grad(lambda h: jnp.sum(pool(h)))(h)[0, ..., 0])
+    np.testing.assert_array_equal(of(h), [[0, 1], [0, 0]])
+    np.testing.assert_array_equal(of(jnp.maximum(h, 2)), [[0, 1], [0, 0]])
+    np.testing.assert_array_equal(of(jnp.ones_like(h)), np.full((2, 2), 0.25))
+    np.testing.assert_array_equal(of(h.at[0, 1, 0].set(3)), [[0, 0.5], [0.5, 0]])
+    assert np.isnan(pool(h.at[0, 0, 0].set(jnp.nan))).all() and np.isnan(of(h.at[0, 0, 0].set(jnp.nan))).all()
+    h = jax.random.normal(key, (4, 6, 5, 3))
+    chex.assert_numerical_grads(pool, (h,), order=1, atol=1e-2, rtol=1e-2)
 
 
 def test_stages():

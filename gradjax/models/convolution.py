@@ -5,27 +5,28 @@
 padded by zeros to the same size ("same"), not at all ("valid"), or with the image's opposite edge ("circular": a
 convolution on a torus, for which mean field theory is exact; Xiao et al. 2018, arXiv 1806.05393).
 
-`convolve` is the one place that chooses how a convolution is computed. On a CPU one of few channels is a product of
-patches with a matrix: a patch gives a whole tile of outputs, so that the matrix, which holds the kernel once for each
-output of the tile, is large enough to keep a core busy. Forward pass and gradient on one core, batch 128, time of
-XLA's convolution and of plain patches (one output each, im2col) over that of tiles:
+`convolve` is the one place that chooses how a convolution is computed. On a CPU it is a matrix times patches, where a
+patch gives a whole tile of outputs and the matrix holds the kernel once for each output of the tile. XLA's own
+convolution takes 5 to 40 times as long inside a loop, and a training is one, as alone. Forward pass and
+gradients, milliseconds on two cores, batch 64:
 
-                                           XLA           im2col        (in brackets: 4 seeds under one vmap)
-    LeNet-5, 28 x 28, 5 x 5 x 1 -> 6       3.9  (5.2)    3.8  (8.4)
-    LeNet-5, 14 x 14, 5 x 5 x 6 -> 16      2.2  (4.2)    1.8  (3.0)
-    ResNet,  28 x 28, 3 x 3 x 16 -> 16     0.36          0.91
-    ResNet,  14 x 14, 3 x 3 x 32 -> 32     0.39          0.90
-    ResNet,  7 x 7,   3 x 3 x 64 -> 64     0.31          0.49
+                                             XLA     XLA in a loop    tiles of side 1    2    (in a loop)
+    5 x 5 x 16 -> 40, 14 x 14                24.7    287              19.5              10.7
+    3 x 3 x 3 -> 16, 28 x 28                  9.3     44               5.3               4.1
+    3 x 3 x 16 -> 16, 28 x 28                                         28.8              10.9
+    3 x 3 x 32 -> 32, 14 x 14                                          9.3               8.5
+    3 x 3 x 64 -> 64, 7 x 7                   8.2    144               6.3               9.4
+    3 x 3 x 128 -> 128, 7 x 7                19.7    814              26.8              36.1
+    1 x 1 x 64 -> 64, 14 x 14                11.8    137               3.7               8.9
 
-so tiles serve 5 x 5 kernels of few channels, and XLA the others. A vmap over seeds turns XLA's into a grouped one (at
-32 channels 4 seeds take 4 times as long per seed as one alone): train wide convolutions one seed per lane on a CPU.
-
-Pooling is the maximum of four slices: XLA's windowed maximum takes 16 to 34 times as long, mostly for its gradient.
+A step of small networks of the zoo takes 2 to 9 times as long with XLA's. A vmap over seeds is dearer per seed than one
+seed alone (2 times at 32 channels for 4 seeds): a CPU trains convolutions one seed per lane.
 
 Cost of analysis: a state has height x width x channels entries; spectra are for small images.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,21 +35,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from gradjax.initializers import bias
 from gradjax.models.layers import Activation, Dense, Dropout, image_of, normalize, weight
 from gradjax.step import Links, Scan
 
 PyTree = Any
-# Kernels of at least this side, with channels in times channels out up to this, are tiles on a CPU.
-TILED_SIDE, TILED_CHANNELS = 5, 96
 
 
 # -- the convolution -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("stride", "padding"), inline=True)  # outside a jit one program, not forty
-def convolve(h: Array, kernel: Array, stride: int = 1, padding: str = "same") -> Array:
+@functools.partial(jax.jit, static_argnames=("stride", "padding", "pooled"), inline=True)  # one program, not forty
+def convolve(h: Array, kernel: Array, stride: int = 1, padding: str = "same", pooled: bool = False) -> Array:
     """The convolution of images with a kernel, by whichever way is faster here (see the module).
 
     Args:
@@ -56,6 +56,7 @@ def convolve(h: Array, kernel: Array, stride: int = 1, padding: str = "same") ->
       kernel: (rows, columns, channels in, channels out).
       stride: of both axes.
       padding: "same", "valid" or "circular".
+      pooled: whether `pool` follows.
 
     Returns:
       (..., ceil(height / stride), ceil(width / stride), channels out); valid: of the height - rows + 1 that fit.
@@ -63,13 +64,16 @@ def convolve(h: Array, kernel: Array, stride: int = 1, padding: str = "same") ->
     >>> convolve(jnp.ones((8, 8, 1)), jnp.ones((3, 3, 1, 2)))[0, 0]      # a corner sees 4 of its 9 neighbours
     Array([4., 4.], dtype=float32)
     """
-    rows, columns, cin, cout = kernel.shape
+    rows, columns = kernel.shape[:2]
     if padding != "valid":
         sides = [((size - 1) // 2, size // 2) for size in (rows, columns)]
         mode = {"mode": "wrap"} if padding == "circular" else {}
         h = jnp.pad(h, [(0, 0)] * (h.ndim - 3) + [*sides, (0, 0)], **mode)
-    few = min(rows, columns) >= TILED_SIDE and cin * cout <= TILED_CHANNELS
-    return (tiled if few and jax.default_backend() == "cpu" else direct)(h, kernel, stride)
+    if jax.default_backend() == "cpu":
+        wide = min(h.shape[-3] - rows, h.shape[-2] - columns) >= stride  # else there is no square to pool
+        return tiled(h, kernel, stride, pooled=pooled and wide)
+    z = direct(h, kernel, stride)
+    return pool(z) if pooled else z
 
 
 def direct(h: Array, kernel: Array, stride: int = 1) -> Array:
@@ -79,42 +83,99 @@ def direct(h: Array, kernel: Array, stride: int = 1) -> Array:
     return z.reshape(*h.shape[:-3], *z.shape[1:])
 
 
-def tiled(h: Array, kernel: Array, stride: int = 1, tile: tuple[int, int] | None = None) -> Array:
-    """A valid convolution as patches times a matrix; each patch gives `tile` = rows x columns of outputs."""
-    *lead, height, width, _ = h.shape
-    rows, columns, _, cout = kernel.shape
-    out = (height - rows) // stride + 1, (width - columns) // stride + 1
-    tile = tile or (min(2, out[0]), next((t for t in (4, 5, 3, 2) if out[1] % t == 0), min(4, out[1])))
-    count = [-(-n // t) for n, t in zip(out, tile, strict=True)]
-    patch = [(t - 1) * stride + k for t, k in zip(tile, (rows, columns), strict=True)]
+def _rule_for_tiles(size: int, cin: int, stride: int) -> int:
+    """Side of a tile: as large as its matrix, of (size + side - 1)^2 cin rows and mostly zeros, still is cheap."""
+    if size == 1 or stride > 1 or cin >= 64:
+        return 1
+    return 4 if cin == 1 and size >= 5 else 2
+
+
+def tiled(h: Array, kernel: Array, stride: int = 1, tile: tuple[int, int] | None = None, pooled: bool = False) -> Array:
+    """A valid convolution as a matrix times patches, a patch for each `tile` = rows x columns of outputs; then `pool`.
+
+    Inside the examples are the last axis, along which the processor's loops then run; the result keeps that layout.
+    """
+    *lead, height, width, cin = h.shape
+    *sides, _, cout = kernel.shape
+    t = _rule_for_tiles(max(sides), cin, stride)
+    tile = tile or (t, t)
+    out = [(size - side) // stride + 1 for size, side in zip((height, width), sides, strict=True)]
+    count = [-(-size // t) for size, t in zip(out, tile, strict=True)]
+    block = [t * stride for t in tile]  # from tile to tile; a patch is `span` blocks
+    span = [-(-(b - stride + side) // b) for b, side in zip(block, sides, strict=True)]
     # where in a patch output i of a tile finds weight a: patch[stride i + a]
     find = [
-        jnp.asarray(np.arange(p)[:, None, None] == stride * np.arange(t)[:, None] + np.arange(k), kernel.dtype)
-        for p, t, k in zip(patch, tile, (rows, columns), strict=True)
+        jnp.asarray(np.arange(n * b)[:, None, None] == stride * np.arange(t)[:, None] + np.arange(k), kernel.dtype)
+        for n, b, t, k in zip(span, block, tile, sides, strict=True)
     ]
-    matrix = jnp.einsum("via,wjb,abco->vwcijo", *find, kernel).reshape(-1, tile[0] * tile[1] * cout)
-    step = [t * stride for t in tile]
-    need = [(n - 1) * s + p for n, s, p in zip(count, step, patch, strict=True)]  # so that the last tile is whole
+    matrix = jnp.einsum("via,wjb,abco->ijovwc", *find, kernel)
+    matrix = matrix.reshape(*tile, cout, span[0], block[0], span[1], block[1], cin).swapaxes(4, 5)
+    if pooled:  # the place in a 2 x 2 square comes first
+        tile = tile[0] // 2, tile[1] // 2
+        matrix = jnp.moveaxis(matrix.reshape(tile[0], 2, tile[1], 2, *matrix.shape[2:]), (1, 3), (0, 1))
+    need = [(n + m - 1) * b for n, m, b in zip(count, span, block, strict=True)]
     h = jnp.pad(h, [(0, 0)] * len(lead) + [(0, max(need[0] - height, 0)), (0, max(need[1] - width, 0)), (0, 0)])
-    down = [h[..., v : v + (count[0] - 1) * step[0] + 1 : step[0], :, :] for v in range(patch[0])]
-    h = jnp.stack(down, -3)  # (..., tiles down, patch, width, cin)
-    across = [h[..., j * step[1] : j * step[1] + patch[1], :] for j in range(count[1])]
-    patches = jnp.stack(across, -4).reshape(*lead, *count, -1)
-    z = (patches @ matrix).reshape(*lead, *count, *tile, cout)
-    z = jnp.swapaxes(z, -4, -3).reshape(*lead, count[0] * tile[0], count[1] * tile[1], cout)
-    return z[..., : out[0], : out[1], :]
+    h = h[..., : need[0], : need[1], :].reshape(-1, need[0] // block[0], block[0], need[1] // block[1], block[1], cin)
+    patches = _patches(h.transpose(2, 4, 5, 1, 3, 0), tuple(span), tuple(count))
+    patches = patches.reshape(math.prod(matrix.shape[-5:]), -1)
+    z = (matrix.reshape(-1, len(patches)) @ patches).reshape(*matrix.shape[:-5], *count, -1)
+    if pooled:
+        z, out = _largest(z), [size // 2 for size in out]
+    z = z.transpose(5, 3, 0, 4, 1, 2).reshape(-1, count[0] * tile[0], count[1] * tile[1], cout)
+    z = with_layout_constraint(z[:, : out[0], : out[1]], Layout(major_to_minor=(3, 1, 2, 0)))
+    return z.reshape(*lead, *z.shape[1:])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _patches(h: Array, span: tuple[int, int], count: tuple[int, int]) -> Array:
+    """Windows of `count` blocks at each of `span` shifts: (..., rows, columns, examples) -> (*span, ..., examples)."""
+    across = jnp.stack([h[..., j : j + count[1], :] for j in range(span[1])])
+    return jnp.stack([across[..., i : i + count[0], :, :] for i in range(span[0])])
+
+
+@_patches.defjvp
+def _patches_jvp(span: tuple, count: tuple, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """The same windows by a loop: its transpose adds each in place, that of a stack pads each to the whole first."""
+    (h,), (moved,) = primals, tangents
+    size = (*h.shape[:-3], *count, h.shape[-1])
+    window = lambda k: lax.dynamic_slice(moved, (*[0] * (h.ndim - 3), k // span[1], k % span[1], 0), size)
+    windows = lax.map(window, jnp.arange(math.prod(span)))
+    return _patches(h, span, count), windows.reshape(*span, *size)
 
 
 @functools.partial(jax.jit, static_argnames="average", inline=True)
 def pool(h: Array, average: bool = False) -> Array:
     """The largest, or the mean, of each 2 x 2 square; a last odd row or column is left out, and side 1 stays."""
-    rows, columns = (size // 2 * 2 for size in h.shape[-3:-1])
+    *lead, height, width, channels = h.shape
+    rows, columns = height // 2, width // 2
     if not rows or not columns:
         return h
-    a, b, c, d = (h[..., i:rows:2, j:columns:2, :] for i in (0, 1) for j in (0, 1))
-    if average:
-        return (a + b + c + d) * jnp.asarray(0.25, h.dtype)
-    return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
+    squares = h[..., : 2 * rows, : 2 * columns, :].reshape(*lead, rows, 2, columns, 2, channels)
+    squares = jnp.moveaxis(squares, (-4, -2), (0, 1))
+    return _sum(squares) * jnp.asarray(0.25, h.dtype) if average else _largest(squares)
+
+
+def _sum(squares: Array) -> Array:
+    return (squares[0, 0] + squares[0, 1]) + (squares[1, 0] + squares[1, 1])
+
+
+@jax.custom_jvp
+def _largest(squares: Array) -> Array:
+    """The largest of each square: (2, 2, ...) -> (...)."""
+    return jnp.maximum(jnp.maximum(squares[0, 0], squares[0, 1]), jnp.maximum(squares[1, 0], squares[1, 1]))
+
+
+@_largest.defjvp
+def _largest_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """Those equal to the largest share its derivative.
+
+    The transpose of this product with a mask is one fused loop; that of four slices is four padded arrays and their
+    sum, which took a third of the time of LeNet-5's gradient.
+    """
+    (squares,), (moved,) = primals, tangents
+    largest = _largest(squares)
+    mask = (squares == largest[None, None]).astype(squares.dtype)
+    return largest, jnp.sum(moved * mask, (0, 1)) / _sum(mask)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -129,7 +190,10 @@ def neighbours(h: Array) -> Array:
 
 
 class Conv(nn.Module):
-    """z = W * h + b with the weights of `gradjax.models.layers`, fan_in = size^2 channels in."""
+    """z = W * h + b with the weights of `gradjax.models.layers`, fan_in = size^2 channels in; pooled if asked for.
+
+    The bias is added after pooling: the same numbers, bit for bit (rounding is monotone), from a quarter of the work.
+    """
 
     features: int
     size: int = 3
@@ -140,13 +204,14 @@ class Conv(nn.Module):
     sigma_b: float | Array = 0.0
     weight_standardization: bool = False
     use_bias: bool = True
+    pooled: bool = False
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         """(..., height, width, channels) -> (..., height', width', features)."""
         apply = functools.partial(convolve, stride=self.stride, padding=self.padding)
         kernel = weight(self, h, (self.size, self.size, h.shape[-1], self.features), apply)
-        z = apply(h, kernel)
+        z = apply(h, kernel, pooled=self.pooled)
         if not self.use_bias:
             return z
         return z + jnp.broadcast_to(self.param("bias", bias(self.sigma_b), (self.features,)), z.shape)
@@ -176,9 +241,11 @@ class ConvLayer(nn.Module):
     def __call__(self, h: Array, train: bool) -> Array:
         """The next state, (..., height', width', features)."""
         h = image_of(h) if self.flat else h
-        z = settings(self, Conv, name="conv")(h)
-        z = normalize(self.normalization, z, train)
-        return Activation(self.activation, self.depth, name="activation")(pool(z) if self.pooled else z)
+        early = self.pooled and self.normalization == "none"
+        z = settings(self, Conv, name="conv", pooled=early)(h)
+        z = z if early else normalize(self.normalization, z, train)
+        z = pool(z) if self.pooled and not early else z
+        return Activation(self.activation, self.depth, name="activation")(z)
 
 
 class DenseLayer(nn.Module):
