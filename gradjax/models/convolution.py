@@ -70,8 +70,7 @@ def convolve(h: Array, kernel: Array, stride: int = 1, padding: str = "same", po
         mode = {"mode": "wrap"} if padding == "circular" else {}
         h = jnp.pad(h, [(0, 0)] * (h.ndim - 3) + [*sides, (0, 0)], **mode)
     if jax.default_backend() == "cpu":
-        wide = min(h.shape[-3] - rows, h.shape[-2] - columns) >= stride  # else there is no square to pool
-        return tiled(h, kernel, stride, pooled=pooled and wide)
+        return tiled(h, kernel, stride, pooled=pooled)
     z = direct(h, kernel, stride)
     return pool(z) if pooled else z
 
@@ -100,6 +99,8 @@ def tiled(h: Array, kernel: Array, stride: int = 1, tile: tuple[int, int] | None
     t = _rule_for_tiles(max(sides), cin, stride)
     tile = tile or (t, t)
     out = [(size - side) // stride + 1 for size, side in zip((height, width), sides, strict=True)]
+    if pooled and (min(out) < 2 or tile[0] % 2 or tile[1] % 2):  # no square, or none inside a tile
+        return pool(tiled(h, kernel, stride, tile))
     count = [-(-size // t) for size, t in zip(out, tile, strict=True)]
     block = [t * stride for t in tile]  # from tile to tile; a patch is `span` blocks
     span = [-(-(b - stride + side) // b) for b, side in zip(block, sides, strict=True)]
