@@ -34,10 +34,9 @@ import numpy as np
 import xarray as xr
 from jax.experimental import multihost_utils
 
-from gradjax import checkpoint, config, grid, results, tasks, training
+from gradjax import checkpoint, config, grid, results, training
 from gradjax.config import ConfigError, Experiment
 from gradjax.program import BATCH, Compiler, Plan, Program, fit, rule_for_workers
-from gradjax.tasks import Splits
 from gradjax.training import Record, State
 from gradjax.transforms import CAUSES, leaf_name
 
@@ -333,7 +332,7 @@ def sweep(
     datasets, plans, data, compiler = [], [], (None, None), Compiler()
     for number, values in enumerate(cells):
         own = config.replace(experiment, values)
-        data = data if data[0] == own.task else (own.task, _data(own))
+        data = data if data[0] == own.task else (own.task, training.splits_of(own))
         cell = _cell(number, own, settings, data[1], compiler, folder, keep_states)
         label = "".join(f"{name} = {value}: " for name, value in values.items())
         plans.append(f"{label}{cell.plan}")
@@ -388,11 +387,11 @@ def compare(
         names = groups[number]
         own, columns = experiments[names[0]], _columns([experiments[name] for name in names])
         with lock:  # read once
-            if own.task not in data:
-                data[own.task] = _data(own)
+            if (source := (own.task, own.seed)) not in data:
+                data[source] = training.splits_of(own)
         dims = {grid.DRAW: np.arange(len(names)), "seed": np.arange(own.train.num_seeds)}
         settings = grid.Grid(dims, dict.fromkeys(columns, grid.DRAW), {}, columns)
-        cell = _cell(number, own, settings, data[own.task], compiler)
+        cell = _cell(number, own, settings, data[source], compiler)
         progress(Progress(f"compiled {', '.join(names)}: {cell.plan}"))
         return cell, settings
 
@@ -404,11 +403,12 @@ def compare(
         compiled = list(pool.map(compile, range(len(groups))))
     for names, (cell, settings) in zip(groups, compiled, strict=True):
         began = time.monotonic()
-        ds = _unfolded(_run(cell, meter), cell, settings)
-        train = cell.experiment.train
-        seconds = (time.monotonic() - began) / (settings.num_members * train.num_steps)
+        blocks = _run(cell, meter)
+        taken = sum(len(np.unique(cell.members_of(i))) * ds.sizes["step"] for i, ds in enumerate(blocks))
+        seconds, target = (time.monotonic() - began) / taken, cell.experiment.train.target
+        ds = _unfolded(blocks, cell, settings)
         program = executables.setdefault(id(cell.programs[0].chunk), len(executables))
-        attrs = {"program": program, "seconds_per_step": seconds, "target": train.target, "plan": str(cell.plan)}
+        attrs = {"program": program, "seconds_per_step": seconds, "target": target, "plan": str(cell.plan)}
         drop = [*settings.drawn, grid.DRAW]
         found |= {n: ds.isel({grid.DRAW: i}).drop_vars(drop).assign_attrs(attrs) for i, n in enumerate(names)}
     return {name: found[name] for name in experiments}
@@ -469,18 +469,6 @@ def _claim(folder: Path, text: str) -> None:
             raise ConfigError(f"sweep: {folder} was begun with other settings (there and here): {'; '.join(differ)}")
     elif jax.process_index() == 0:
         results.write_text(path, text)
-
-
-def _data(experiment: Experiment) -> Splits:
-    task, key = experiment.task, jax.random.split(jax.random.key(experiment.seed))[0]
-    return tasks.load(
-        task.name,
-        key,
-        validation=task.validation,
-        test=task.test,
-        normalize=task.normalize,
-        seq_len=task.seq_len,
-    )
 
 
 def _cell(

@@ -206,13 +206,16 @@ def _cure(args: Sequence[str]) -> int:
         found = cure.find_cure(experiment, chosen, pairs=options.pairs, progress=progress)
     folder = results.run_folder(experiment.output, experiment.name)
     results.write_text(folder / "config.toml", config.to_toml(experiment))
-    results.write_text(folder / "cured.toml", config.to_toml(found.experiments[found.winner]))
     summary = cure.to_dict(found) | {"folder": str(folder), "seconds": round(time.monotonic() - started, 1)}
+    title = f"{experiment.name}: no remedy is better"
+    if found.winner != cure.UNTREATED:
+        title = f"{experiment.name}: {found.winner}"
+        results.write_text(folder / "cured.toml", config.to_toml(found.experiments[found.winner]))
     results.save(found.results.assign_attrs(config=config.to_toml(experiment)), folder / "results.nc")
     results.write_text(folder / "cure.json", results.dumps(summary) + "\n")
     results.write_text(folder / "cure.txt", summary["story"] + "\n")
     before, after = found.verdict.measurements, found.after and found.after.measurements
-    figure = plots_cure.cure_figure(found.ranking, found.results, before, after, f"{experiment.name}: {found.winner}")
+    figure = plots_cure.cure_figure(found.ranking, found.results, before, after, title)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"cure.{suffix}", dpi=160)
     print(results.dumps(summary)) if options.json else _print_cure(summary, folder)
@@ -259,9 +262,8 @@ def _print_cure(summary, folder) -> None:
     for reason, names in reasons.items():
         console.print(f"left out: {', '.join(names)}: {reason}", highlight=False)
     console.print(f"\n{summary['story']}", highlight=False)
-    console.print(
-        f"{summary['seconds']} s. The config with the winner: {folder / 'cured.toml'}", highlight=False, soft_wrap=True
-    )
+    where = f"The config with the winner: {folder / 'cured.toml'}" if (folder / "cured.toml").exists() else ""
+    console.print(f"{summary['seconds']} s. {where}", highlight=False, soft_wrap=True)
     console.print(f"figure:  {folder / 'cure.png'}", highlight=False, soft_wrap=True)
 
 

@@ -276,11 +276,10 @@ def check(experiment: Experiment, origins: Mapping[str, str] | None = None) -> N
 
 
 def _excluded(experiment: Experiment) -> list[str]:
-    """What the architecture and the pre-training say of settings that exclude each other."""
-    module = importlib.import_module("gradjax.models").MODELS[experiment.model.name][0]
-    reasons = [module.refuses(experiment.model)] if hasattr(module, "refuses") else []
+    """What the architecture, the pre-training and the optimiser say of settings that exclude each other."""
+    reasons = [importlib.import_module("gradjax.models").refuses(experiment.model)]
     reasons += [importlib.import_module("gradjax.pretraining").refuses(experiment)]
-    return [reason for reason in reasons if reason]
+    return reasons + importlib.import_module("gradjax.optimizers").refuses(experiment.optimizer)
 
 
 def _unused(model: Model) -> list[str]:

@@ -8,12 +8,15 @@ alone share one compiled program (`gradjax.ablation.compare`). Remedies are rank
     3. the stability of the gradient norm: the deviation of its logarithm along the last nine tenths of the steps,
     4. the seconds of a training step.
 
-A lost seed's last score is that of its last good parameters, and its gradient norm has no deviation: inf. Intervals are
-Wilson's at 95% for shares, and Student's for the means of scores. Where the best single remedy leaves more than a tenth
-of the seeds untrained, the pairs of the best three are tried too.
+A lost seed's last score is that of its last good parameters, and its gradient norm has no deviation: inf. With
+`train.stop_at_target` a seed's last step is the one at which it came to rest. Intervals are Wilson's at 95% for shares,
+and Student's for the means of scores; they are those of one remedy, not of the best of many. Where the best single
+remedy leaves more than a tenth of the seeds untrained, the pairs of the best three are tried too.
 
 The claim that a remedy cures rests on the same seeds before and after: `cured` is a share of 90% or more from below
-20%. Cost: one compilation per program and num_seeds trainings per remedy.
+20%. The winner is the first of the ranking if more seeds train with it than without, or their scores are higher beyond
+chance (Student's paired t, at 5% over the number of remedies, Bonferroni); else there is none. Cost: one compilation
+per program and num_seeds trainings per remedy.
 """
 
 import math
@@ -27,7 +30,7 @@ import xarray as xr
 
 from gradjax import ablation, config, diagnosis, measure, remedies, results
 from gradjax.ablation import Progress
-from gradjax.config import Experiment
+from gradjax.config import ConfigError, Experiment
 from gradjax.diagnosis import Diagnosis
 from gradjax.remedies import NotApplicable
 
@@ -65,7 +68,8 @@ def find_cure(
 
     Args:
       experiment: gives the network, the data, the training, the target and the seeds.
-      names: "fitting" (those for what the diagnosis finds), "all", or names of `gradjax.remedies`, `a+b` for two.
+      names: "fitting" (those for what the diagnosis finds), "all", or one or more names of `gradjax.remedies`, `a+b`
+        for two.
       pairs: whether pairs of the best are tried where no single remedy is enough.
       progress: called as by `gradjax.sweep`.
 
@@ -73,6 +77,10 @@ def find_cure(
       ConfigError: an unknown remedy, or a config that cannot run. A remedy that does not apply is left out instead.
     """
     config.check(experiment)
+    if experiment.task.validation == 0:
+        raise ConfigError("cure: task.validation is 0, and remedies are ranked by validation scores; needed: above 0")
+    if isinstance(names, str) and names not in ("fitting", "all"):
+        names = [names]
     if not isinstance(names, str):
         remedies.known(names)
     say = lambda message: progress(Progress(message))
@@ -97,11 +105,23 @@ def find_cure(
             found |= more_found
             experiments |= more
             rows = ranked(found)
-    winner = rows[0]["remedy"]
-    after = None
-    if winner != UNTREATED:
-        after = diagnosed(experiments[winner], say)
+    winner = rows[0]["remedy"] if is_better(rows[0]["remedy"], found) else UNTREATED
+    after = None if winner == UNTREATED else diagnosed(experiments[winner], say)
     return Cure(verdict, rows, left_out, winner, after, joined(found), programs, experiments)
+
+
+def is_better(name: str, found: Mapping[str, xr.Dataset]) -> bool:
+    """Whether more seeds train with a remedy than without, or as many to a higher score; see the module."""
+    trained = {each: int(found[each]["trained"].sum()) for each in (name, UNTREATED)}
+    if name == UNTREATED or trained[name] != trained[UNTREATED]:
+        return trained[name] > trained[UNTREATED]
+    gain = (found[name]["final_score"] - found[UNTREATED]["final_score"]).values
+    if len(gain) < 2 or not np.isfinite(gain).all():
+        return False
+    if not gain.std():
+        return bool(gain[0] > 0)
+    chance: Any = scipy.stats.ttest_1samp(gain, 0, alternative="greater")
+    return bool(chance.pvalue < 0.05 / max(len(found) - 1, 1))
 
 
 def _programs(found: Mapping[str, xr.Dataset]) -> int:
@@ -144,7 +164,7 @@ def _row(name: str, ds: xr.Dataset) -> dict[str, Any]:
     share = scipy.stats.binomtest(trained, seeds).proportion_ci(method="wilson")
     scores = ds["final_score"].values.astype(float)
     score, half = _mean_interval(scores)
-    at = ds["trained_at"].values
+    at, lost = ds["trained_at"].values, ds["diverged_at"].values >= 0
     return {
         "remedy": name,
         "trained": trained,
@@ -154,8 +174,8 @@ def _row(name: str, ds: xr.Dataset) -> dict[str, Any]:
         "score": score,
         "score_interval": [score - half, score + half],
         "test_score": float(np.mean(ds["test_score"].values)),
-        "stability": stability(ds["log_gradient_norm"].values),
-        "diverged": int((ds["diverged_at"].values >= 0).sum()),
+        "stability": stability(ds["log_gradient_norm"].values, lost),
+        "diverged": int(lost.sum()),
         "steps_to_target": float(np.median(at[at >= 0])) if (at >= 0).any() else math.nan,
         "seconds_per_step": ds.attrs["seconds_per_step"],
         "program": ds.attrs["program"],
@@ -169,11 +189,19 @@ def _mean_interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
 
 
-def stability(log_norm: np.ndarray) -> float:
-    """Median over seeds of the deviation along steps of the log gradient norm (seed, step); inf where it is lost."""
-    late = log_norm[:, log_norm.shape[1] // 10 :]
-    each = np.where(np.isfinite(late).all(1), np.where(np.isfinite(late), late, 0.0).std(1), np.inf)
-    return float(np.median(each))
+def stability(log_norm: np.ndarray, lost: np.ndarray) -> float:
+    """Median over seeds of the deviation of the log gradient norm (seed, step) along a seed's last nine tenths.
+
+    NaN are steps that were not taken: behind a seed's end, or left out by a guard. A lost seed has no stability, nor
+    has a gradient of zero, which has no logarithm: inf.
+    """
+
+    def one(row: np.ndarray) -> float:
+        taken = row[~np.isnan(row)]
+        late = taken[len(taken) // 10 :]
+        return float(late.std()) if len(late) and np.isfinite(late).all() else math.inf
+
+    return float(np.median([math.inf if gone else one(row) for row, gone in zip(log_norm, lost, strict=True)]))
 
 
 def joined(found: Mapping[str, xr.Dataset]) -> xr.Dataset:
@@ -207,7 +235,10 @@ def story(c: Cure) -> str:
     text = [f"What was wrong: {wrong} Untreated, {_of(before)} reach the target (mean score {before['score']:.3f})."]
     if not treated:
         return " ".join([*text, "No remedy could be tried."])
-    if best["remedy"] == UNTREATED or (best["share"] <= before["share"] and best["share"] < HEALTHY_SHARE):
+    if before["share"] >= HEALTHY_SHARE:
+        more = f"; {best['remedy']} has a higher score, {best['score']:.3f}" if c.winner != UNTREATED else ""
+        return " ".join([*text, f"It trains as it is, and needs no cure{more}."])
+    if c.winner == UNTREATED or best["share"] <= before["share"]:
         first = treated[0]
         text += [f"Nothing cured it: the best of {len(treated)} remedies, {first['remedy']}, has {_of(first)}."]
         return " ".join(text)

@@ -73,6 +73,8 @@ def _numbers(name: str, spec: Any, generator: np.random.Generator) -> tuple[np.n
         low, high, count, scale = spec["low"], spec["high"], spec[kind.pop()], spec.get("scale", "linear")
         if scale not in ("log", "linear") or not isinstance(count, int) or count < 1:
             raise ConfigError(f"{wrong}; allowed: scale 'log' or 'linear', and an integer num or draws from 1")
+        if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (low, high)):
+            raise ConfigError(f"{wrong}; low and high have to be numbers")
         if not -math.inf < low <= high < math.inf or (scale == "log" and low <= 0):
             raise ConfigError(f"{wrong}; needed: low <= high, both finite, and low > 0 for scale = 'log'")
         drawn = "draws" in spec
@@ -105,6 +107,9 @@ def grid(experiment: Experiment, vary: Vary | None = None, static: Vary | None =
             near = config.nearest(name, {k: k for k in known})
             raise ConfigError(f"sweep: unknown name {name!r}{near}; names are those of the config, as model.sigma_w")
     floats = config.sweepable()
+    for name in static:
+        if name in ("name", "output", "seed"):
+            raise ConfigError(f"sweep: {name} is the whole sweep's; seeds are varied by train.num_seeds")
     for name in vary:
         if name in static:
             raise ConfigError(f"sweep: {name} stands under both vmap and static; one of them has to go")
@@ -114,11 +119,10 @@ def grid(experiment: Experiment, vary: Vary | None = None, static: Vary | None =
                 f"put it under sweep.static. Names to vmap: {', '.join(floats)}"
             )
     generator = np.random.default_rng(experiment.seed)
-    dims, along, drawn = {}, {}, {}
+    dims, along, drawn, tried = {}, {}, {}, {}
     for name, spec in vary.items():
         values, is_drawn = _numbers(name, spec, generator)
-        for value in values:
-            config.check(config.replace(experiment, {name: float(value)}))
+        tried[name] = values
         along[name] = DRAW if is_drawn else name
         if is_drawn:
             drawn[name] = values
@@ -131,10 +135,14 @@ def grid(experiment: Experiment, vary: Vary | None = None, static: Vary | None =
     for name, values in static.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ConfigError(f"sweep: {name} = {values!r} under static has to be a list of values")
-        for value in values:
-            config.check(config.replace(experiment, {name: value}))
     dims["seed"] = np.arange(experiment.train.num_seeds)
-    return Grid(dims, along, {name: list(values) for name, values in static.items()}, drawn)
+    settings = Grid(dims, along, {name: list(values) for name, values in static.items()}, drawn)
+    for number, own in enumerate(config.replace(experiment, cell) for cell in settings.cells()):
+        config.check(own)
+        for name, values in tried.items():
+            for value in values[: 1 if number else None]:  # ranges are the same in every cell
+                config.check(config.replace(own, {name: float(value)}))
+    return settings
 
 
 def to_toml(vary: Vary | None, static: Vary | None) -> str:

@@ -88,18 +88,18 @@ def _theory(model: Model, batch: tasks.Split, classes: int, anchor: float) -> di
     return {f"theory_{name}": (("layer",)[: np.ndim(x)], x) for name, x in predicted._asdict().items()}
 
 
-def _largest_state(model: Any, init: Callable, key: Array, x: Array) -> int:
+def _largest_state(model: Any, init: Callable, given: tuple, x: Array) -> int:
     """Numbers in the largest state between the links."""
 
-    def states(key):
-        h, links = _links(model, init(key), x)
+    def states(*given):
+        h, links = _links(model, init(*given), x)
         found = []
         for link in links[:-1]:
             theta = jax.tree.map(lambda x: x[0], link[1]) if isinstance(link, Scan) else link[1]
             found.append(h := link[0](h, theta))
         return found
 
-    return max(sum(leaf.size for leaf in jax.tree.leaves(h)) for h in jax.eval_shape(states, key))
+    return max(sum(leaf.size for leaf in jax.tree.leaves(h)) for h in jax.eval_shape(states, *given))
 
 
 def _product(model: Any, networks: tuple, x: Array, lanes: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
@@ -116,7 +116,9 @@ def _product(model: Any, networks: tuple, x: Array, lanes: int) -> dict[str, tup
     }
 
 
-def _evidence(model: Any, init: Callable, keys: Array, batch: tasks.Split, depth: int) -> list[Evidence]:
+def _evidence(
+    model: Any, init: Callable, keys: Array, batch: tasks.Split, train: tasks.Split, depth: int
+) -> list[Evidence]:
     """The evidence of every seed, by one compiled program; `depth` hidden layers are called hidden_1, hidden_2 ..."""
 
     def loss_fn(params, rest, key, x, y):
@@ -124,13 +126,13 @@ def _evidence(model: Any, init: Callable, keys: Array, batch: tasks.Split, depth
         logits, _ = model.apply({"params": params, **rest}, x, True, rngs=rngs, mutable=["batch_stats"])
         return training.loss_and_score(logits, y).loss
 
-    def network(key: Array) -> tuple:
-        variables, dropout_key = init(key)
+    def network(key: Array, train: tasks.Split) -> tuple:
+        variables, dropout_key = init(key, train)
         return variables.pop("params"), (variables, dropout_key, batch.x, batch.y)
 
     make = jax.jit(network)
-    examination = Examination(loss_fn, *make(keys[0]))
-    found = [examination(*make(key)) for key in keys]
+    examination = Examination(loss_fn, *make(keys[0], train))
+    found = [examination(*make(key, train)) for key in keys]
     rename = lambda layers: [replace(x, name=f"hidden_{i + 1}") if i < depth else x for i, x in enumerate(layers)]
     return [replace(e, layers=rename(e.layers)) for e in found]
 
@@ -143,7 +145,7 @@ def measure(experiment: Experiment, progress: Callable[[str], None] = lambda mes
 def examine(
     experiment: Experiment, progress: Callable[[str], None] = lambda message: None
 ) -> tuple[xr.Dataset, list[Evidence]]:
-    """Measure the network of a checked config at initialisation.
+    """Measure the network of a checked config at initialisation, pre-trained where the config asks for it.
 
     Args:
       experiment: as `gradjax.config.load` returns it.
@@ -168,40 +170,32 @@ def examine(
     depth, num_seeds = experiment.model.depth, experiment.diagnose.num_seeds
     progress(f"reading {experiment.task.name}")
     data_key, model_key = jax.random.split(jax.random.key(experiment.seed))
-    task = experiment.task
-    splits = tasks.load(
-        task.name,
-        data_key,
-        validation=task.validation,
-        test=task.test,
-        normalize=task.normalize,
-        seq_len=task.seq_len,
-    )
-    batch = tasks.batch_at(splits.train, data_key, 0, task.batch_size)
+    splits = training.splits_of(experiment)
+    batch = tasks.batch_at(splits.train, data_key, 0, experiment.task.batch_size)
     problem = training.problem_of(experiment, splits)
     model = models.build(experiment.model, problem.num_outputs, problem.per_step)
 
-    def init(key: Array) -> tuple:
-        params_key, dropout_key = jax.random.split(key)
-        return model.init({"params": params_key, "dropout": dropout_key}, batch.x, train=True), dropout_key
+    def init(key: Array, train: tasks.Split) -> tuple:
+        return training.start(key, model, experiment, batch, train), jax.random.split(key)[1]
 
     progress(f"signals of {num_seeds} seeds, {depth} layers")
     keys = jax.vmap(lambda i: jax.random.fold_in(model_key, i))(jnp.arange(num_seeds))
-    evidence = _evidence(model, init, keys, batch, depth if experiment.model.name == "mlp" else 0)
+    evidence = _evidence(model, init, keys, batch, splits.train, depth if experiment.model.name == "mlp" else 0)
     ds = diagnosis.dataset(evidence)
     variables = {"log_gradient_norm_readout": (("seed",), np.array([e.log_gradient[-1] for e in evidence]))}
     last = ds["log_cotangent_rms"].values[:, -1]
-    no_theory = theory.covers(experiment.model)
+    no_theory = "" if experiment.train.pretrain == "none" else "pre-trained weights are not random"
+    no_theory = no_theory or theory.covers(experiment.model)
     if not no_theory:
         variables |= _theory(experiment.model, batch, problem.num_outputs, float(np.median(last)))
 
     coupled = experiment.model.normalization == "batchnorm"  # then the state is the batch
     x = batch.x if coupled else batch.x[0]
-    state_size = _largest_state(model, init, keys[0], x)
+    state_size = _largest_state(model, init, (keys[0], splits.train), x)
     lanes, left_out, notes = _spectrum_seeds(experiment, state_size), "", []
     if lanes:
         progress(f"singular values of {depth} layers and their product, {lanes} seeds")
-        networks = jax.jit(jax.vmap(init))(keys[:lanes])
+        networks = jax.jit(jax.vmap(init, (0, None)))(keys[:lanes], splits.train)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             variables |= (_spectra if experiment.model.name == "mlp" else _product)(model, networks, x, lanes)

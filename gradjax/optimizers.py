@@ -2,9 +2,11 @@
 
     g -> [+ l1 sign W + l2 W] -> clipping -> direction -> [+ weight_decay W] -> * -rate(t) -> weight projections
 
-and around it the guard, and around all `freeze_diverged`, which gives a lost run up and keeps its last good
-parameters. L-BFGS is the exception: a clipped gradient is no gradient of the loss its secant pairs and line search
-measure (Optax issue 1201), so its *direction* is clipped. Every float of `gradjax.config.Optimizer` may be traced.
+and around it the guard (spam: around the direction alone, since what is inside starts anew now and then), and around
+all `freeze_diverged`, which gives a lost run up and keeps its last good parameters: at its first gradient or loss that
+is not finite, or, with a guard, after `PATIENCE` of them in a row. L-BFGS is the exception: a clipped gradient is no
+gradient of the loss its secant pairs and line search measure (Optax issue 1201), so its *direction* is clipped. Every
+float of `gradjax.config.Optimizer` may be traced.
 
 Regularisation acts on kernels, not on biases and norms' scales. A leaf below `layers` holds a scanned stack, and
 rules per layer treat its layers one by one.
@@ -23,6 +25,7 @@ from gradjax import transforms
 from gradjax.config import Optimizer
 
 PyTree = Any
+PATIENCE = 20  # steps; ours: a guard is for a bad batch, not for a run of which nothing is left
 
 
 def is_stacked(path: str) -> bool:
@@ -132,6 +135,7 @@ OPTIMIZERS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
     "coordinate": lambda o: coordinate_descent(o.block, o.order),
 }
 
+_WITHOUT_THRESHOLD = ("none", "autoclip", "historical_clip", "zclip")
 # name -> rule of one threshold, `optimizer.max_norm`; the adaptive ones take their papers' defaults for the rest
 CLIPPING: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "none": lambda limit: optax.identity(),
@@ -153,8 +157,35 @@ GUARDS: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransfo
     "repair_non_finite": lambda tx: transforms.skip_non_finite(tx, repair=True),
     "skip_spikes": transforms.skip_spikes,
     "restore_moments": transforms.restore_moments,
-    "spam": transforms.spam,
+    "spam": lambda tx: tx,  # it belongs around the direction alone, see `build`
 }
+
+# setting -> the field that decides whether it means anything, and the values with which it does
+_ADAMS = ("adam", "adamw", "nadam", "adam_uncorrected", "lion", "muon")
+_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "momentum": ("name", ("momentum", "nesterov", *_ADAMS)),
+    "b2": ("name", (*_ADAMS, "rmsprop", "adadelta")),
+    "block": ("name", ("coordinate",)),
+    "order": ("name", ("coordinate",)),
+    "decay": ("schedule", ("cosine", "exponential", "step", "plateau")),
+    "max_norm": ("clipping", tuple(name for name in CLIPPING if name not in _WITHOUT_THRESHOLD)),
+}
+
+
+def refuses(o: Optimizer) -> list[str]:
+    """What of the settings means nothing to the others, or cannot go with them."""
+    told = []
+    for setting, (owner, useful) in _NEEDS.items():
+        value, chosen = getattr(o, setting), getattr(o, owner)
+        if value != Optimizer.__dataclass_fields__[setting].default and chosen not in useful:
+            told += [
+                f"optimizers: optimizer.{setting} = {value!r} means nothing to optimizer.{owner} = {chosen!r}; leave "
+                f"it out, or choose one of {', '.join(useful)}"
+            ]
+    if o.name == "lbfgs" and o.guard == "spam":
+        told += ["optimizers: optimizer.guard = 'spam' resets moments, and optimizer.name = 'lbfgs' has none"]
+    return told
+
 
 # -- schedules -------------------------------------------------------------------------------------------
 
@@ -173,7 +204,10 @@ SCHEDULES: dict[str, Callable[[Optimizer, int], optax.Schedule]] = {
     "exponential": lambda o, n: transforms.exponential_decay(o.learning_rate, n, o.decay),
     "step": _step_decay,
     "plateau": lambda o, n: optax.constant_schedule(o.learning_rate),  # its factor follows the loss, see `build`
-    "growth_limited": lambda o, n: transforms.growth_limited_warmup(o.learning_rate, o.learning_rate * 1e-3),
+    # from a thousandth of the rate to all of it in the first tenth of the steps
+    "growth_limited": lambda o, n: transforms.growth_limited_warmup(
+        o.learning_rate, o.learning_rate * 1e-3, 1e3 ** (10 / max(n, 10))
+    ),
 }
 
 
@@ -205,6 +239,7 @@ def build(o: Optimizer, num_steps: int, max_loss: float | Array = jnp.inf) -> op
       `gradjax.telemetry` reads, and whose last good parameters `gradjax.transforms.last_good_params`.
     """
     clip, direction = CLIPPING[o.clipping](o.max_norm), OPTIMIZERS[o.name](o)
+    direction = transforms.spam(direction) if o.guard == "spam" else direction
     decay = 1e-4 if o.name == "adamw" and o.weight_decay is None else o.weight_decay  # Optax's default
     parts = [] if o.l1 is None else [optax.masked(transforms.add_l1(o.l1), kernels)]
     parts += [] if o.l2 is None else [optax.add_decayed_weights(o.l2, kernels)]
@@ -217,4 +252,5 @@ def build(o: Optimizer, num_steps: int, max_loss: float | Array = jnp.inf) -> op
         parts += [transforms.reduce_on_plateau(o.decay, patience=10, accumulation_size=max(num_steps // 100, 1))]
     parts += [] if o.weight_norm is None else [transforms.max_norm(o.weight_norm, is_stacked)]
     parts += [] if o.weight_clip is None else [transforms.weight_clip(o.weight_clip)]
-    return transforms.freeze_diverged(GUARDS[o.guard](optax.chain(*parts)), max_value=max_loss)
+    patience = 1 if o.guard == "none" else PATIENCE
+    return transforms.freeze_diverged(GUARDS[o.guard](optax.chain(*parts)), max_value=max_loss, patience=patience)

@@ -71,7 +71,8 @@ def _scores(ax: Axes, ds: xr.Dataset, colors: Mapping[str, str]) -> None:
         one = ds["validation_score"].sel(remedy=name).dropna("evaluation", how="all")
         _band(ax, one["evaluation"].values, one.transpose("seed", ...).values, color, name.replace("_", " "))
     ax.axhline(ds.attrs["target"], color=GREY, lw=1, ls="--")
-    low = float(np.nanquantile(ds["validation_score"].values, 0.02))
+    scores = ds["validation_score"].values
+    low = float(np.quantile(scores[np.isfinite(scores)], 0.02)) if np.isfinite(scores).any() else 0.0
     ax.set(title="Validation score (dashed: target)", xlabel="step", ylim=(max(low, -0.2) - 0.05, 1.03))
 
 

@@ -50,9 +50,12 @@ def _set(**values: Any) -> Callable[[Experiment], Experiment]:
 def _with(experiment: Experiment, values: dict[str, Any]) -> Experiment:
     from gradjax import models
 
+    takes = lambda name: models.takes(experiment.model.name, name)
+    if values.get("model.residual") and not takes("residual") and takes("residual_scale"):
+        values = {key: value for key, value in values.items() if key != "model.residual"}  # it always has its skips
     for key in values:
         table, _, name = key.partition(".")
-        if table == "model" and name != "name" and not models.takes(experiment.model.name, name):
+        if table == "model" and not takes(name):
             raise NotApplicable(f"{experiment.model.name} has no {key}")
     return config.replace(experiment, values)
 
@@ -86,10 +89,6 @@ def _weights(name: str) -> Callable[[Experiment], Experiment]:
     return _set(model__weights=name, model__sigma_w=1.0, model__sigma_b=0.0)
 
 
-def _residual_scaled(experiment: Experiment) -> Experiment:
-    return _with(experiment, {"model.residual": True, "model.residual_scale": experiment.model.depth**-0.5})
-
-
 def _only(names: Iterable[str], change: Callable[[Experiment], Experiment], why: str) -> Callable:
     """The change for some architectures alone."""
 
@@ -118,29 +117,19 @@ def _cell(name: str) -> Callable[[Experiment], Experiment]:
         defaults = {f.name: f.default for f in dataclasses.fields(Model) if f.name != "name"}
         dropped = {k: v for k, v in defaults.items() if not models.takes(name, k)}
         values: dict[str, Any] = {"name": name, **dropped}
-        if name in GATED:  # unit recurrent gain, gates for times up to the sequence's length
-            values |= {"weights": "gaussian", "sigma_w": 1.0, "sigma_b": 0.0, "chrono": _longest(experiment)}
-        if name == "orthogonal_rnn" and models.takes(name, "sigma_b"):
-            values["sigma_b"] = 0.0
+        values |= {"sigma_w": 1.0, "sigma_b": 0.0}  # unit recurrent gain
+        if name in GATED:  # gates for times up to the sequence's length
+            values |= {"weights": "gaussian", "chrono": _longest(experiment)}
         return config.replace(experiment, {f"model.{k}": v for k, v in values.items()})
 
     return _only(RECURRENT, change, "is not recurrent")
 
 
-def _identity(experiment: Experiment) -> Experiment:
-    if experiment.model.name != "rnn":
-        raise NotApplicable(f"{experiment.model.name} is no plain recurrent network")
-    values = {"weights": "identity", "activation": "relu", "sigma_w": 1.0, "sigma_b": 0.0}
-    return _with(experiment, {f"model.{name}": value for name, value in values.items()})
-
-
 def _longest(experiment: Experiment) -> float:
     """The longest time that chrono initialisation covers: the sequence's."""
-    return float(max(experiment.task.seq_len, 3))
+    from gradjax import tasks
 
-
-def _chrono(experiment: Experiment) -> Experiment:
-    return _with(experiment, {"model.chrono": _longest(experiment)})
+    return float(max(tasks.length(experiment.task.name, experiment.task.seq_len), 3))
 
 
 def _clip(rule: str, threshold: float) -> Callable[[Experiment], Experiment]:
@@ -148,16 +137,16 @@ def _clip(rule: str, threshold: float) -> Callable[[Experiment], Experiment]:
 
 
 def _optimizer(name: str, rate: float) -> Callable[[Experiment], Experiment]:
-    """Another optimiser at the rate its authors start from, at most the config's if that is the same optimiser."""
-    return _set(optimizer__name=name, optimizer__learning_rate=rate, optimizer__momentum=None, optimizer__b2=None)
+    """Another optimiser at the rate its authors start from, and the rest of its settings at their defaults."""
 
+    def change(experiment: Experiment) -> Experiment:
+        if experiment.optimizer.name == name:
+            raise NotApplicable(f"the optimiser is {name} already; it is the rate that can change")
+        own = {key: getattr(config.Optimizer, key) for key in ("momentum", "b2", "block", "order")}
+        own |= {"name": name, "learning_rate": rate}
+        return config.replace(experiment, {f"optimizer.{key}": value for key, value in own.items()})
 
-def _times_rate(factor: float) -> Callable[[Experiment], Experiment]:
-    return lambda e: config.replace(e, {"optimizer.learning_rate": e.optimizer.learning_rate * factor})
-
-
-def _pretrain(method: str) -> Callable[[Experiment], Experiment]:
-    return _set(train__pretrain=method)
+    return change
 
 
 # What a finding may also advise and no config can do: it is in the user's code or data.
@@ -176,7 +165,7 @@ NORM = "10 to 50%"
 REMEDIES: dict[str, Remedy] = {
     # initialisation
     "critical_init": Remedy(_critical, "sigma_w, sigma_b where chi_1 = 1 for the activation",
-        (*SCALE, *UNITS, "shattered_gradients"), FREE, "Schoenholz 2017, arXiv 1611.01232"),
+        (*SCALE, *UNITS, "shattered_gradients", "rank_collapse"), FREE, "Schoenholz 2017, arXiv 1611.01232"),
     "orthogonal_init": Remedy(lambda e: _critical(e, weights="orthogonal"),
         "orthogonal weights at the critical scale", (*SCALE, "ill_conditioned_jacobian"), "QR at the start",
         "Saxe 2013, arXiv 1312.6120"),
@@ -193,12 +182,15 @@ REMEDIES: dict[str, Remedy] = {
             "has no stack of convolutions"),
         "orthogonal in the centre of each kernel, zero elsewhere", (*SCALE, "ill_conditioned_jacobian"),
         "QR at the start", "Xiao 2018, arXiv 1806.05393"),
-    "identity_init": Remedy(_identity, "IRNN: recurrent matrix = identity, ReLU", SCALE, FREE,
+    "identity_init": Remedy(
+        _only(("rnn",), lambda e: _with(_weights("identity")(e), {"model.activation": "relu"}),
+            "is no plain recurrent network"),
+        "IRNN: recurrent matrix = identity, ReLU", SCALE, FREE,
         "Le 2015, arXiv 1504.00941"),
     "forget_bias": Remedy(_set(model__forget_bias=1.0), "forget gates start open", VANISHING, FREE,
         "Jozefowicz 2015, ICML 37"),
-    "chrono_init": Remedy(_chrono, "forget biases log U(1, seq_len - 1)", VANISHING, FREE,
-        "Tallec & Ollivier 2018, arXiv 1804.11188"),
+    "chrono_init": Remedy(lambda e: _with(e, {"model.chrono": _longest(e)}), "forget biases log U(1, seq_len - 1)",
+        VANISHING, FREE, "Tallec & Ollivier 2018, arXiv 1804.11188"),
     # activation
     "relu": Remedy(_activation("relu", "he_normal"), "ReLU with He's start", (*VANISHING, "saturated_units"), FREE,
         "Glorot 2011, AISTATS 15"),
@@ -231,7 +223,9 @@ REMEDIES: dict[str, Remedy] = {
     # residual forms
     "residual": Remedy(_set(model__residual=True, model__residual_scale=1.0), "h + f(h)",
         (*VANISHING, *CONDITION, "batchnorm_explosion"), LITTLE, "He 2016, arXiv 1512.03385"),
-    "residual_scaled": Remedy(_residual_scaled, "h + f(h) / sqrt(depth)",
+    "residual_scaled": Remedy(
+        lambda e: _with(e, {"model.residual": True, "model.residual_scale": e.model.depth**-0.5}),
+        "h + f(h) / sqrt(depth)",
         (*SCALE, *CONDITION, "residual_growth", "batchnorm_explosion"), LITTLE,
         "Yang & Schoenholz 2017, arXiv 1712.08969; Hayou 2021, arXiv 2010.12859"),
     "rezero": Remedy(_set(model__residual=True, model__residual_scale=0.0, model__residual_learned=True),
@@ -240,10 +234,11 @@ REMEDIES: dict[str, Remedy] = {
     "fixup": Remedy(_set(model__residual=True, model__fixup=True, model__normalization="none"),
         "branches that start at 0 and scale with the depth", (*SCALE, "residual_growth", "batchnorm_explosion"),
         "two maps per branch", "Zhang 2019, arXiv 1901.09321"),
-    "pre_norm": Remedy(_set(model__placement="pre"), "LayerNorm on the branch, not after the sum", SCALE, FREE,
+    "pre_norm": Remedy(_set(model__placement="pre"), "LayerNorm on the branch, not after the sum",
+        (*SCALE, "rank_collapse"), FREE,
         "Xiong 2020, arXiv 2002.04745"),
     "deepnorm": Remedy(_set(model__placement="deepnorm"), "skips times (2N)^1/4, branches started smaller",
-        (*SCALE, "residual_growth"), FREE, "Wang 2022, arXiv 2203.00555"),
+        (*SCALE, "residual_growth", "rank_collapse"), FREE, "Wang 2022, arXiv 2203.00555"),
     # gating
     "highway": Remedy(_set(model__highway=True), "a learned gate between the layer and its input",
         (*SCALE, *CONDITION), "twice the weights", "Srivastava 2015, arXiv 1505.00387"),
@@ -290,11 +285,15 @@ REMEDIES: dict[str, Remedy] = {
         "Newton-Schulz", "Jordan 2024"),
     "warmup": Remedy(_set(optimizer__warmup=0.1), "the rate rises over the first tenth",
         (*EXPLODING, *STEPS, "attention_logit_growth"), FREE, "Goyal 2017, arXiv 1706.02677"),
-    "growth_limited_warmup": Remedy(_set(optimizer__schedule="growth_limited"),
-        "the rate rises only while the loss is calm", (*EXPLODING, *STEPS), FREE, "Gilmer 2021, arXiv 2110.04369"),
+    "growth_limited_warmup": Remedy(
+        _set(optimizer__schedule="growth_limited", optimizer__decay=config.Optimizer.decay),
+        "the rate grows by a factor per step, from .001 of it, over the first tenth", (*EXPLODING, *STEPS), FREE,
+        "Gilmer 2021, arXiv 2110.04369; Kalra 2024, arXiv 2406.09405"),
     "cosine": Remedy(_set(optimizer__schedule="cosine"), "the rate falls as a cosine", STEPS, FREE,
         "Loshchilov 2017, arXiv 1608.03983"),
-    "lower_learning_rate": Remedy(_times_rate(0.1), "a tenth of the rate",
+    "lower_learning_rate": Remedy(
+        lambda e: config.replace(e, {"optimizer.learning_rate": 0.1 * e.optimizer.learning_rate}),
+        "a tenth of the rate",
         (*EXPLODING, *STEPS, "dead_units", "attention_logit_growth"), "more steps", "LeCun 1998"),
     # regularisation and data
     "l2": Remedy(_set(optimizer__l2=1e-4), "1e-4 W added to the gradient", EXPLODING, LITTLE, "Krogh & Hertz 1991"),
@@ -307,9 +306,9 @@ REMEDIES: dict[str, Remedy] = {
         "Arjovsky 2017, arXiv 1701.07875"),
     "dropout": Remedy(_set(model__dropout=0.2), "a fifth of the units dropped", (), LITTLE,
         "Srivastava 2014, JMLR 15"),
-    "pretrain_rbm": Remedy(_pretrain("rbm"), "greedy pre-training by restricted Boltzmann machines",
+    "pretrain_rbm": Remedy(_set(train__pretrain="rbm"), "greedy pre-training by restricted Boltzmann machines",
         (*VANISHING, "saturated_units"), "its steps, per layer", "Hinton 2006, Neural Computation 18"),
-    "pretrain_autoencoder": Remedy(_pretrain("autoencoder"), "greedy pre-training by denoising autoencoders",
+    "pretrain_autoencoder": Remedy(_set(train__pretrain="autoencoder"), "greedy pre-training by denoising autoencoders",
         (*VANISHING, "saturated_units"), "its steps, per layer", "Vincent 2008, ICML 25"),
     "normalize_inputs": Remedy(_set(task__normalize="standard"), "inputs of mean 0 and variance 1",
         ("saturated_units", "non_finite"), FREE, "LeCun 1998"),

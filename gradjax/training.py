@@ -29,6 +29,7 @@ from gradjax import config, models, optimizers, pretraining, step, tasks
 from gradjax.config import Experiment
 from gradjax.tasks import Split, Splits
 from gradjax.transforms import RuleState, last_good_params, telemetry
+from gradjax.transforms.wrapping import select
 
 PyTree = Any
 HParams = Mapping[str, Array]
@@ -78,9 +79,15 @@ def problem_of(experiment: Experiment, splits: Splits) -> Problem:
     """The static part of an experiment on its data.
 
     Raises:
-      ValueError: a batch larger than the training split; data that are no images where images are to be varied.
+      ValueError: a batch larger than the training split; data that are no images where images are to be varied;
+        sequences or graphs for a network of vectors.
     """
-    y, task = splits.train.y, experiment.task
+    y, task, shape = splits.train.y, experiment.task, splits.train.x.shape[1:]
+    if len(shape) > 1 and not models.takes(experiment.model.name, "per_step"):
+        raise ValueError(
+            f"training: an example of task.name = {task.name!r} has shape {shape}, and model.name = "
+            f"{experiment.model.name!r} takes vectors; choose a network of sequences or graphs, or a task of images."
+        )
     if task.augment != "none":
         jax.eval_shape(tasks.AUGMENT[task.augment], jax.eval_shape(jax.random.key, 0), splits.train.x)
     classes = jnp.issubdtype(y.dtype, jnp.integer)
@@ -117,6 +124,30 @@ def _optimizer(experiment: Experiment) -> optax.GradientTransformationExtraArgs:
     return optimizers.build(experiment.optimizer, experiment.train.num_steps, experiment.train.max_loss)
 
 
+def splits_of(experiment: Experiment) -> Splits:
+    """The data of an experiment, cut (and where they are generated, made) by its seed."""
+    task, key = experiment.task, jax.random.split(jax.random.key(experiment.seed))[0]
+    own = {name: getattr(task, name) for name in ("validation", "test", "normalize", "seq_len")}
+    return tasks.load(task.name, key, **own)
+
+
+def start(key: Array, model: Any, experiment: Experiment, first: Split, train: Split) -> PyTree:
+    """The variables of a member before its first step: initialised on a batch, and pre-trained where that is asked for.
+
+    Args:
+      key: PRNG key of the member.
+      model: of the experiment.
+      experiment: its floats may be traced.
+      first: a batch, for initialisations by data.
+      train: the training split, for pre-training.
+    """
+    params_key, dropout_key = jax.random.split(key)
+    variables = model.init({"params": params_key, "dropout": dropout_key}, first.x, train=True)
+    if experiment.train.pretrain == "none":
+        return variables
+    return pretraining.pretrain(jax.random.fold_in(key, 4), variables, train, experiment)
+
+
 def init(key: Array, hparams: HParams, data: Splits, problem: Problem) -> State:
     """A member before its first step.
 
@@ -127,17 +158,10 @@ def init(key: Array, hparams: HParams, data: Splits, problem: Problem) -> State:
       problem: static.
     """
     model, experiment = _model(hparams, problem)
-    params_key, dropout_key = jax.random.split(key)
     first = _batch(key, jnp.zeros((), jnp.int32), data, experiment)
-    variables = model.init({"params": params_key, "dropout": dropout_key}, first.x, train=True)
-    if experiment.train.pretrain != "none":
-        variables = pretraining.pretrain(jax.random.fold_in(key, 4), variables, data.train, experiment)
+    variables = start(key, model, experiment, first, data.train)
     none = jnp.full((), -1, jnp.int32)
     return State(variables, _optimizer(experiment).init(variables["params"]), key, jnp.zeros((), jnp.int32), none)
-
-
-def _select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def frozen_at(state: State) -> Array:
@@ -180,8 +204,9 @@ def _train_step(state: State, model: Any, experiment: Experiment, data: Splits, 
         updates, opt_state = tx.update(grads, state.opt_state, params, value=loss, **extra)
     assert isinstance(opt_state, RuleState)
     fine = opt_state.telemetry["frozen_at"] < 0  # else back to the last good parameters
-    moved = _select(fine, optax.apply_updates(params, updates), last_good_params(opt_state))
-    variables = {"params": moved, **_select(fine, dict(changed), rest)}
+    whole = fine & (opt_state.telemetry["doubtful"] == 0)  # a skipped batch leaves nothing in running averages
+    moved = select(fine, optax.apply_updates(params, updates), last_good_params(opt_state))
+    variables = {"params": moved, **select(whole, dict(changed), rest)}
     new = State(variables, opt_state, state.key, state.count + 1, state.stopped_at)
     mine = f".{experiment.optimizer.clipping}/clipped"
     shares = [jnp.ravel(value) for name, value in telemetry(opt_state).items() if mine in name]
@@ -228,7 +253,7 @@ def run_chunk(
 
 def _select_state(condition: Array, new: State, old: State) -> State:
     key = old.key  # it never changes, and typed keys know no `where`
-    plain = _select(condition, new._replace(key=()), old._replace(key=()))
+    plain = select(condition, new._replace(key=()), old._replace(key=()))
     return plain._replace(key=key)
 
 

@@ -10,6 +10,7 @@ import xarray as xr
 from gradjax import ablation, config, cure
 from gradjax.cli import main
 from gradjax.config import ConfigError
+from gradjax.diagnosis import Diagnosis
 
 SMALL = {
     "model.depth": 4, "model.width": 16, "model.activation": "relu", "model.sigma_b": 0.0, "train.num_steps": 60,
@@ -60,9 +61,47 @@ def test_rows_have_wilsons_and_students_intervals():
 
 
 def test_a_lost_gradient_has_no_stability():
-    norms = np.zeros((3, 20))
+    norms, lost = np.zeros((3, 20)), np.zeros(3, bool)
     norms[:2, 10:] = np.inf
-    assert math.isinf(cure.stability(norms)) and cure.stability(norms[2:]) == 0
+    assert math.isinf(cure.stability(norms, lost)) and cure.stability(norms[2:], lost[2:]) == 0
+    assert math.isinf(cure.stability(np.zeros((3, 20)), ~lost))
+
+
+def test_stability_is_that_of_a_seeds_own_steps():
+    rng = np.random.default_rng(0)
+    norms = rng.normal(size=(1, 100))
+    padded = np.concatenate([norms, np.full((1, 300), np.nan)], 1)  # it came to rest, others went on
+    assert cure.stability(padded, np.zeros(1, bool)) == cure.stability(norms, np.zeros(1, bool)) > 0
+    norms[0, 50] = np.nan  # a step that a guard left out
+    assert 0 < cure.stability(norms, np.zeros(1, bool)) < 2
+    assert math.isinf(cure.stability(np.full((1, 9), np.nan), np.zeros(1, bool)))
+
+
+def test_a_winner_is_better_beyond_chance():
+    rng = np.random.default_rng(0)
+    chance = {f"r{i}": made_up([False] * 8, 0.1 + 0.01 * rng.normal(size=8)) for i in range(40)}
+    found = {"untreated": made_up([False] * 8, 0.1 + 0.01 * rng.normal(size=8))} | chance
+    assert not any(cure.is_better(name, found) for name in found)
+    found["good"] = made_up([False] * 8, 0.3 + 0.01 * rng.normal(size=8))
+    found["one seed"] = made_up([True] + [False] * 7, [0.1] * 8)
+    found["gone"] = made_up([False] * 8, [math.nan] * 8)
+    assert [n for n in found if cure.is_better(n, found)] == ["good", "one seed"]
+    flat = {"untreated": made_up([True] * 4, [0.5] * 4), "same": made_up([True] * 4, [0.5] * 4)}
+    assert not cure.is_better("same", flat)
+
+
+def test_what_trains_needs_no_cure_and_says_so():
+    rows = cure.ranked({"untreated": made_up([True] * 8, [0.95] * 8), "relu": made_up([True] * 8, [0.94] * 8)})
+    healthy = Diagnosis((), xr.Dataset(), {}, {})
+    text = cure.story(cure.Cure(healthy, rows, {}, "untreated", None, xr.Dataset(), 1, {}))
+    assert "It trains as it is, and needs no cure." in text and "Nothing" not in text
+
+
+def test_names_are_remedies_and_validation_is_needed():
+    with pytest.raises(ConfigError, match=r"unknown remedy 'rellu'.*did you mean 'relu'"):
+        cure.find_cure(experiment(), "rellu")
+    with pytest.raises(ConfigError, match=r"task\.validation is 0"):
+        cure.find_cure(experiment(task__validation=0.0), "relu")
 
 
 def test_programs_are_shared_by_what_differs_in_floats_alone():

@@ -6,7 +6,7 @@ import pytest
 from gradjax import config, grid
 from gradjax.config import ConfigError, Experiment
 
-BASE = config.replace(Experiment(), {"train.num_seeds": 3})
+BASE = config.replace(Experiment(), {"train.num_seeds": 3, "optimizer.clipping": "clip"})
 
 
 def test_members_are_the_product_of_the_dimensions_with_the_seed_fastest():
@@ -60,6 +60,11 @@ def test_static_combinations_are_cells():
         ({"model.sigma_w": [1.0]}, {"model.sigma_w": [2.0]}, "under both"),
         ({}, {"model.activation": ["tanhh"]}, "did you mean 'tanh'"),
         ({}, {"model.activation": "tanh"}, "has to be a list"),
+        ({}, {"seed": [0, 1]}, "varied by train.num_seeds"),
+        ({"model.sigma_w": {"low": "1e-4", "high": 1.0, "num": 3}}, {}, "have to be numbers"),
+        ({"optimizer.momentum": [0.1]}, {"optimizer.name": ["adam", "sgd"]}, "nothing to optimizer.name = 'sgd'"),
+        ({"optimizer.max_norm": [0.1, 1.0]}, {"optimizer.clipping": ["zclip"]}, "nothing to optimizer.clipping"),
+        ({}, {"model.normalization": ["none", "batchnorm"], "task.batch_size": [1, 64]}, "batch_size = 1 has no var"),
         (
             {"model.sigma_w": {"low": 1, "high": 2, "draws": 3}, "model.sigma_b": {"low": 1, "high": 2, "draws": 4}},
             {},

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "transforms": {"scale"},
     "tasks": set(),
     "optimizers": {"config", "transforms"},
-    "remedies": {"config", "meanfield", "models"},
+    "remedies": {"tasks", "config", "meanfield", "models"},
     "grid": {"config"},
     "training": {"config", "models", "pretraining", "step", "tasks", "optimizers", "transforms", "scale"},
     # what is run and written down

@@ -357,7 +357,7 @@ def test_what_no_sequence_model_can_do_is_refused(key, x):
         dropping = build(**options, num_outputs=5, dropout=0.1)
         with pytest.raises(ValueError, match=r"key=jax\.random\.key"):
             dropping.links(init(dropping, key, x), x)
-    with pytest.raises(ValueError, match="rnn has no lsuv"):
+    with pytest.raises(ValueError, match="a recurrence has no lsuv"):
         init(build("rnn", 5, **SMALL, weights="lsuv"), key, x)
     with pytest.raises(ValueError, match="3 heads do not divide a width of 8"):
         init(build(**{**TRANSFORMER, "num_heads": 3}, num_outputs=5), key, x)

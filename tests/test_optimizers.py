@@ -134,6 +134,67 @@ def test_each_guard_builds_and_trains(name):
     assert run(optimizers.build(settings("adam", guard=name), 60), 60)[2][-1] < loss(START)
 
 
+def with_bad_steps(guard, bad, steps=60):
+    """Parameters, state and last loss of a run whose gradient and loss are NaN at the steps `bad`."""
+    tx = optimizers.build(settings("adam", guard=guard), steps)
+
+    def step(carry, is_bad):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        value, grads = jax.tree.map(lambda x: jnp.where(is_bad, jnp.nan, x), (value, grads))
+        updates, state = tx.update(grads, state, params, value=value)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (START, tx.init(START)), jnp.isin(jnp.arange(steps), jnp.array(bad)))
+    return params, state, loss(params)
+
+
+@pytest.mark.parametrize("guard", ["skip_non_finite", "repair_non_finite", "skip_spikes", "restore_moments"])
+def test_a_guard_goes_on_after_a_bad_batch_and_gives_up_after_too_many(guard):
+    clean = with_bad_steps(guard, [-1])[2]
+    _, state, end = with_bad_steps(guard, [3, 17, 18])
+    assert state.telemetry["frozen_at"] == -1 and end < 1.5 * clean + 0.01 < loss(START)
+    _, state, _ = with_bad_steps(guard, list(range(10, 10 + optimizers.PATIENCE - 1)))
+    assert state.telemetry["frozen_at"] == -1
+    params, state, _ = with_bad_steps(guard, list(range(10, 60)))
+    assert state.telemetry["frozen_at"] == 10 + optimizers.PATIENCE - 1
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
+    _, state, _ = with_bad_steps("none", [3])
+    assert state.telemetry["frozen_at"] == 3
+
+
+def test_spam_restarts_moments_and_no_schedule():
+    o = settings("adam", guard="spam", schedule="cosine", decay=0.0)
+    tx = optimizers.build(o, 1200)
+
+    def step(carry, _):
+        updates, state = tx.update({"x": jnp.ones(())}, carry, {"x": jnp.zeros(())}, value=jnp.zeros(()))
+        return state, -updates["x"]
+
+    _, moved = jax.lax.scan(step, tx.init({"x": jnp.zeros(())}), None, length=1200)
+    rate = jax.vmap(optimizers.learning_rate(o, 1200))(jnp.arange(1200))
+    np.testing.assert_allclose(moved[700:900], rate[700:900], rtol=1e-3)  # past the reset at 500 and its warm-up
+    assert run(optimizers.build(settings("sgd", guard="spam", schedule="plateau"), 60), 60)[2][-1] < loss(START)
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for values, words in (
+        ({"name": "sgd", "momentum": 0.9}, "momentum = 0.9 means nothing to optimizer.name = 'sgd'"),
+        ({"name": "momentum", "b2": 0.9}, "b2 = 0.9"),
+        ({"max_norm": 0.5}, "means nothing to optimizer.clipping = 'none'"),
+        ({"clipping": "autoclip", "max_norm": 0.5}, "choose one of clip, clip_by_global_norm"),
+        ({"decay": 0.5}, "optimizer.schedule = 'constant'"),
+        ({"order": "random"}, "choose one of coordinate"),
+        ({"name": "lbfgs", "guard": "spam"}, "'lbfgs' has none"),
+    ):
+        assert words in "\n".join(optimizers.refuses(Optimizer(**values)))
+        table = {f"optimizer.{k}": v for k, v in values.items()} | {"train.full_batch": True}
+        with pytest.raises(config.ConfigError):
+            config.check(config.replace(config.Experiment(), table))
+    fine = Optimizer(name="adam", momentum=0.8, b2=0.9, clipping="clip", max_norm=0.5, schedule="step", decay=0.5)
+    assert optimizers.refuses(fine) == [] == optimizers.refuses(Optimizer())
+
+
 @pytest.mark.parametrize("name", optimizers.SCHEDULES)
 def test_schedules_rise_through_the_warm_up_and_end_where_they_say(name):
     def rates(peak, warmup, decay):

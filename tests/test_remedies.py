@@ -1,8 +1,10 @@
 """The catalogue: each entry is a pure function config -> config that a network takes or refuses with a reason."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from gradjax import config, meanfield, models, remedies
+from gradjax import config, meanfield, models, remedies, tasks, training
 from gradjax.config import ConfigError, Experiment
 from gradjax.remedies import ADVICE, REMEDIES, NotApplicable
 from gradjax.rules import CAUSAL
@@ -61,8 +63,9 @@ def test_every_pathology_that_training_can_cure_has_remedies():
 
 
 def test_what_findings_advise_is_in_the_catalogue_or_the_users_to_do():
-    for names in ADVISED.values():
+    for pathology, names in ADVISED.items():
         assert set(names) <= set(REMEDIES) | set(ADVICE)
+        assert not [name for name in names if name in REMEDIES and pathology not in REMEDIES[name].fits]
 
 
 def test_the_remedies_of_the_first_finding_come_first():
@@ -70,6 +73,61 @@ def test_the_remedies_of_the_first_finding_come_first():
     assert names.index("critical_init") < names.index("skip_spikes")
     assert len(names) == len(set(names))
     assert remedies.fitting([]) == list(REMEDIES)
+
+
+@pytest.mark.parametrize(
+    "model", [m if m in ("mlp", "rnn") else pytest.param(m, marks=pytest.mark.slow) for m in models.MODELS]
+)
+def test_what_is_accepted_can_be_initialised(model):
+    """What `apply` lets through is never refused later, when a whole comparison would be lost."""
+    x = {"gcn": (2, 6, 10)}.get(model, (2, 8, 3) if models.takes(model, "per_step") else (2, 64))
+    seen = set()
+    for name in [*REMEDIES, "lsuv_init+weight_standardization", "batchnorm+residual", "fixup+layernorm"]:
+        treated = outcome(name, config.replace(NETWORKS[model], {"task.batch_size": 2}))
+        if isinstance(treated, str) or treated.model in seen:
+            continue
+        seen.add(treated.model)
+        y = jnp.zeros((2, x[1]) if model == "gcn" else 2, jnp.int32)
+        splits = tasks.Splits(*[tasks.Split(jnp.zeros(x), y)] * 3)
+        problem = training.Problem(treated, x[1:], 3, model == "gcn")
+        jax.eval_shape(lambda key, p=problem, s=splits: training.init(key, {}, s, p), jax.random.key(0))
+
+
+def test_what_sequence_models_cannot_have_is_left_out_with_the_reason():
+    for model in ("rnn", "lstm", "transformer"):
+        assert "has no batchnorm" in outcome("batchnorm", NETWORKS[model])
+    assert "has no lsuv" in outcome("lsuv_init", NETWORKS["gru"])
+    assert "takes it away again" in outcome("lsuv_init+weight_standardization", NETWORKS["mlp"])
+    assert "in normalisation's place" in outcome("layernorm", remedies.apply("fixup", NETWORKS["resnet"]))
+
+
+def test_networks_that_always_have_skips_take_their_scales():
+    for model in ("resnet", "transformer"):
+        scaled, zero = (outcome(name, NETWORKS[model]) for name in ("residual_scaled", "rezero"))
+        assert scaled.model.residual_scale == 0.5 and zero.model.residual_learned and zero.model.residual_scale == 0
+    assert outcome("fixup", NETWORKS["resnet"]).model.fixup
+    assert "already" in outcome("residual", NETWORKS["resnet"])
+
+
+def test_another_cell_starts_at_unit_gain_and_remembers_the_whole_sequence():
+    rnn = network("rnn", **{"model.sigma_w": 0.5, "model.sigma_b": 0.3})
+    for cell in ("lstm", "gru", "minimal_rnn", "orthogonal_rnn"):
+        treated = outcome(cell, rnn)
+        assert (treated.model.sigma_w, treated.model.sigma_b) == (1.0, 0.0)
+    pixels = {"task.name": "sequential_mnist"}
+    assert outcome("lstm", config.replace(rnn, pixels)).model.chrono == 784
+    assert outcome("chrono_init", config.replace(NETWORKS["gru"], pixels)).model.chrono == 784
+    copied = config.replace(NETWORKS["lstm"], {"task.name": "copy_memory", "task.seq_len": 50})
+    assert outcome("chrono_init", copied).model.chrono == 70
+
+
+def test_another_optimizer_leaves_nothing_of_the_one_before():
+    own = {"optimizer.name": "coordinate", "optimizer.block": "coordinate", "optimizer.order": "random"}
+    treated = outcome("adam", config.replace(NETWORKS["mlp"], own))
+    assert treated.optimizer == config.Optimizer(name="adam", learning_rate=1e-3)
+    assert "adam already" in outcome("adam", NETWORKS["mlp"])
+    cosine = config.replace(NETWORKS["mlp"], {"optimizer.schedule": "cosine", "optimizer.decay": 0.01})
+    assert outcome("growth_limited_warmup", cosine).optimizer.decay == 0.1
 
 
 def test_two_remedies_in_turn():

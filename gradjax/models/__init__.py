@@ -18,7 +18,7 @@ from gradjax.models.circular import CircularCNN
 from gradjax.models.densenet import DenseNet
 from gradjax.models.graph import GCN
 from gradjax.models.inception import Inception
-from gradjax.models.layers import fields_of
+from gradjax.models.layers import fields_of, no_scale
 from gradjax.models.lenet import LeNet5
 from gradjax.models.mlp import MLP
 from gradjax.models.recurrent import Recurrent
@@ -82,10 +82,16 @@ def unused(config: Any) -> list[str]:
     ]
 
 
+def refuses(config: Any) -> str:
+    """Why there is no such network though the model takes each of the settings; empty where there is."""
+    model, _ = MODELS[config.name]
+    return no_scale(config) or (model.refuses(config) if hasattr(model, "refuses") else "")
+
+
 def takes(name: str, setting: str) -> bool:
     """Whether the model of this name has the setting."""
     model, fixed = MODELS[name]
     return setting in model.__dataclass_fields__ and setting not in fixed
 
 
-__all__ = ["MLP", "MODELS", "build", "takes", "unused"]
+__all__ = ["MLP", "MODELS", "build", "refuses", "takes", "unused"]

@@ -72,9 +72,15 @@ class Inception(nn.Module):
     weight_standardization: bool = False
     normalization: str = "none"
 
+    @staticmethod
+    def refuses(model: Any) -> str:
+        """Why there is no such network; empty where there is."""
+        wrong = f"inception: model.width is {model.width}; its four branches need 8 channels or more."
+        return wrong if model.width < 8 else ""
+
     def _parts(self) -> list[Part]:
-        if self.width < 8:
-            raise ValueError(f"inception: model.width is {self.width}; its four branches need 8 channels or more.")
+        if reason := self.refuses(self):
+            raise ValueError(reason)
         parts = [part("embed", self, ConvLayer, features=self.width, flat=True)]
         for stage, count in enumerate(shares(self.depth)):
             own = {"features": self.width * 2**stage}

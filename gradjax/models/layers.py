@@ -23,8 +23,6 @@ from jax import Array
 from gradjax.activations import at_depth
 from gradjax.initializers import WEIGHTS, bias
 
-NORMALIZATIONS = ("none", "batchnorm", "layernorm", "rmsnorm")
-
 
 def weight(module: nn.Module, h: Array, shape: tuple[int, ...], apply: Callable[[Array, Array], Array]) -> Array:
     """The kernel of an affine map `apply(h, kernel)` as the module's fields ask for it.
@@ -32,11 +30,8 @@ def weight(module: nn.Module, h: Array, shape: tuple[int, ...], apply: Callable[
     Raises:
       ValueError: LSUV of weights whose scale is standardised away.
     """
-    if module.weights == "lsuv" and module.weight_standardization:  # type: ignore[attr-defined]
-        raise ValueError(
-            "models: model.weights = 'lsuv' sets the scale of the weights, and model.weight_standardization takes it "
-            "away again; choose one of the two."
-        )
+    if reason := no_scale(module):
+        raise ValueError(reason)
     draw = WEIGHTS[module.weights](module.sigma_w)  # type: ignore[attr-defined]
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -49,6 +44,16 @@ def weight(module: nn.Module, h: Array, shape: tuple[int, ...], apply: Callable[
     if not module.weight_standardization:  # type: ignore[attr-defined]
         return kernel
     return jnp.asarray(module.sigma_w, kernel.dtype) * standardized(kernel)  # type: ignore[attr-defined]
+
+
+def no_scale(model: Any) -> str:
+    """Why weights whose scale is standardised away have no LSUV, where it is asked for; empty where not."""
+    if model.weights != "lsuv" or not model.weight_standardization:
+        return ""
+    return (
+        "models: model.weights = 'lsuv' sets the scale of the weights, and model.weight_standardization takes it away "
+        "again; choose one of the two."
+    )
 
 
 def standardized(kernel: Array) -> Array:

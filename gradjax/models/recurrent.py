@@ -102,10 +102,10 @@ class Layer(nn.Module):
 
     def _bias(self, key: Array) -> Array:
         first, second = jax.random.split(key)
-        starts = {None: jnp.zeros(self.width), "input": jnp.zeros(self.width), "forget": jnp.zeros(self.width)}
+        starts = {name: jnp.zeros(self.width, jnp.float32) for name in (None, "input", "forget")}
         if self.chrono is not None:
             longest = jnp.asarray(self.chrono, jnp.float32)
-            starts["forget"] = jnp.log1p(jax.random.uniform(first, (self.width,)) * (longest - 2.0))
+            starts["forget"] = jnp.log1p(jax.random.uniform(first, (self.width,), jnp.float32) * (longest - 2.0))
             starts["input"] = -starts["forget"]
         elif self.forget_bias is not None:
             starts["forget"] = jnp.full(self.width, self.forget_bias, jnp.float32)
@@ -146,6 +146,16 @@ class Recurrent(nn.Module):
     chrono: float | Array | None = None
     per_step: bool = False
 
+    @staticmethod
+    def refuses(model: Any) -> str:
+        """What a recurrence cannot have, of this module or of a `gradjax.config.Model`; empty if nothing."""
+        if model.weights == "lsuv":
+            return (
+                "models: a recurrence has no lsuv, whose first state of zeros would scale nothing; choose "
+                "model.weights = 'orthogonal'."
+            )
+        return no_batchnorm(model)
+
     def _layer(self, **kwargs: Any) -> Layer:
         return Layer(**{name: getattr(self, name) for name in _LAYER_FIELDS}, **kwargs)
 
@@ -160,12 +170,7 @@ class Recurrent(nn.Module):
           x: (batch, seq_len, features), or int tokens (batch, seq_len).
           train: whether dropout drops, drawing from the "dropout" key.
         """
-        refuse(self.cell, self, x)
-        if self.weights == "lsuv":
-            raise ValueError(
-                f"models: {self.cell} has no lsuv, whose first state of zeros would scale nothing; choose "
-                "model.weights = 'orthogonal'."
-            )
+        check_sequences(self.cell, self, x)
         xs = sequence_of(x, self.num_outputs)
         layers = [self._layer(name=f"layer_{i}")(n) for i, n in enumerate(self._features(xs))]
         keys = None
@@ -296,17 +301,24 @@ def sequence_of(x: Array, num_outputs: int) -> Array:
     return jnp.moveaxis(x, -2, 0)
 
 
-def refuse(name: str, model: Any, x: Array) -> None:
-    """Raises `ValueError` for what no sequence model can do."""
+def no_batchnorm(model: Any) -> str:
+    """Why sequence models have no BatchNorm, where one is asked for; empty where not."""
+    if model.normalization != "batchnorm":
+        return ""
+    return (
+        "models: a sequence model has no batchnorm, whose averages would differ from step to step in time; choose "
+        "model.normalization = 'layernorm', 'rmsnorm' or 'none'."
+    )
+
+
+def check_sequences(name: str, model: Any, x: Array) -> None:
+    """Raises `ValueError` for what the sequence model `name` refuses, and for examples that are no sequences."""
+    if reason := model.refuses(model):
+        raise ValueError(reason)
     if x.ndim != (2 if jnp.issubdtype(x.dtype, jnp.integer) else 3):
         raise ValueError(
             f"models: {name} needs sequences (batch, seq_len, features), or tokens (batch, seq_len), and got {x.dtype} "
             f"of shape {tuple(x.shape)}; choose a task of sequences, as task.name = 'sequential_digits'."
-        )
-    if model.normalization == "batchnorm":
-        raise ValueError(
-            f"models: {name} has no batchnorm, whose averages would differ from step to step in time; choose "
-            "model.normalization = 'layernorm', 'rmsnorm' or 'none'."
         )
 
 

@@ -121,12 +121,19 @@ class ResNet(nn.Module):
     fixup: bool = False
     normalization: str = "none"
 
-    def _parts(self) -> list[Part]:
-        if self.fixup and (self.normalization != "none" or self.weight_standardization):
-            raise ValueError(
+    @staticmethod
+    def refuses(model: Any) -> str:
+        """Which of the settings, of this module or of a `gradjax.config.Model`, exclude each other; empty if none."""
+        if model.fixup and (model.normalization != "none" or model.weight_standardization):
+            return (
                 "resnet: model.fixup stands in normalisation's place; leave model.normalization and "
                 "model.weight_standardization out."
             )
+        return ""
+
+    def _parts(self) -> list[Part]:
+        if reason := self.refuses(self):
+            raise ValueError(reason)
         parts = [part("embed", self, Stem)]
         for stage, count in enumerate(shares(self.depth)):
             own = {"features": self.width * 2**stage}

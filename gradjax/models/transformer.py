@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 
 from gradjax.models.layers import Activation, Dense, Dropout, Skip, normalize
-from gradjax.models.recurrent import refuse, sequence_of
+from gradjax.models.recurrent import check_sequences, no_batchnorm, sequence_of
 from gradjax.step import Links, Scan
 
 PyTree = Any
@@ -178,6 +178,16 @@ class Transformer(nn.Module):
     dropout: float | Array | None = None
     per_step: bool = False
 
+    @staticmethod
+    def refuses(model: Any) -> str:
+        """What a transformer cannot have, of this module or of a `gradjax.config.Model`; empty if nothing."""
+        if model.width % model.num_heads:
+            return (
+                f"models: {model.num_heads} heads do not divide a width of {model.width}; choose a model.num_heads "
+                "that does."
+            )
+        return no_batchnorm(model)
+
     def _block(self, **kwargs: Any) -> Block:
         return Block(causal=self.per_step, **{name: getattr(self, name) for name in _BLOCK_FIELDS}, **kwargs)
 
@@ -192,12 +202,7 @@ class Transformer(nn.Module):
           x: (batch, seq_len, features), or int tokens (batch, seq_len).
           train: whether dropout drops, drawing from the "dropout" key.
         """
-        refuse("transformer", self, x)
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"models: {self.num_heads} heads do not divide a width of {self.width}; choose a model.num_heads that "
-                "does."
-            )
+        check_sequences("transformer", self, x)
         layers = nn.scan(
             lambda block, h, _: (block(h, train), None),
             variable_axes={"params": 0, "intermediates": 0},

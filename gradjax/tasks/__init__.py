@@ -14,7 +14,7 @@ Not covered: streaming, data that do not fit in memory.
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,59 +35,31 @@ def _by_pixel(source: Source) -> Source:
     return source._replace(x=sequences.by_pixel(source.x), test=test)
 
 
-def _arrays(x: Array, y: Array) -> Source:
-    return Source(np.asarray(x), np.asarray(y))
-
-
-# name -> (description, (key, seq_len) -> the examples)
-TASKS: dict[str, tuple[str, Callable[[Array, int], Source]]] = {
-    "digits": (images.DESCRIPTIONS["digits"], lambda key, seq_len: images.digits()),
-    "mnist": (images.DESCRIPTIONS["mnist"], lambda key, seq_len: images.mnist()),
-    "fashion_mnist": (images.DESCRIPTIONS["fashion_mnist"], lambda key, seq_len: images.fashion_mnist()),
-    "sequential_digits": (
-        "the digits pixel by pixel, 64 steps",
-        lambda key, seq_len: _by_pixel(images.digits()),
+# name -> (description, (key, seq_len) -> (x, y), or a `Source` with more to say)
+TASKS: dict[str, tuple[str, Callable[[Array, int], Any]]] = {
+    "digits": ("1,797 handwritten digits, 8 x 8 pixels, 10 classes", lambda key, n: images.digits()),
+    "mnist": ("60,000 + 10,000 handwritten digits, 28 x 28 pixels, 10 classes", lambda key, n: images.idx("mnist")),
+    "fashion_mnist": (
+        "60,000 + 10,000 pieces of clothing, 28 x 28 pixels, 10 classes",
+        lambda key, n: images.idx("fashion_mnist"),
     ),
-    "sequential_mnist": (
-        "MNIST pixel by pixel, 784 steps",
-        lambda key, seq_len: _by_pixel(images.mnist()),
-    ),
-    "adding": (
-        "sum of two marked numbers of a sequence, a regression",
-        lambda key, seq_len: Source(*sequences.adding(key, seq_len)),
-    ),
-    "copy_memory": (
-        "ten symbols, to be said again after seq_len blanks",
-        lambda key, seq_len: Source(*sequences.copy_memory(key, seq_len)),
-    ),
-    "copy_symbol": (
-        "one symbol, to be said again after seq_len blanks",
-        lambda key, seq_len: Source(*sequences.copy_symbol(key, seq_len)),
-    ),
-    "temporal_order": (
-        "in which order two symbols came among distractors, 4 classes",
-        lambda key, seq_len: Source(*sequences.temporal_order(key, seq_len)),
-    ),
-    "keyword_spotting": (
-        "synthetic spectra of ten words at a random time in noise",
-        lambda key, seq_len: Source(*sequences.keyword_spotting(key, seq_len)),
-    ),
+    "sequential_digits": ("the digits pixel by pixel, 64 steps", lambda key, n: _by_pixel(images.digits())),
+    "sequential_mnist": ("MNIST pixel by pixel, 784 steps", lambda key, n: _by_pixel(images.idx("mnist"))),
+    "adding": ("sum of two marked numbers of a sequence, a regression", sequences.adding),
+    "copy_memory": ("ten symbols, to be said again after seq_len blanks", sequences.copy_memory),
+    "copy_symbol": ("one symbol, to be said again after seq_len blanks", sequences.copy_symbol),
+    "temporal_order": ("in which order two symbols came among distractors, 4 classes", sequences.temporal_order),
+    "keyword_spotting": ("synthetic spectra of ten words at a random time in noise", sequences.keyword_spotting),
     "shakespeare": (
         "1.1 million characters of plays, the next one to be told at every step",
-        lambda key, seq_len: Source(*text.shakespeare(seq_len)),
+        lambda key, n: text.shakespeare(n),
     ),
-    "passage": (
-        "the first 2,168 characters of Moby-Dick, to be learned by heart",
-        lambda key, seq_len: Source(*text.passage(seq_len)),
-    ),
+    "passage": ("the first 2,168 characters of Moby-Dick, to be learned by heart", lambda key, n: text.passage(n)),
     "communities": (
         "nodes of a random graph, to be told apart by their community",
-        lambda key, seq_len: _arrays(*graphs.communities(key)),
+        lambda key, n: graphs.communities(key),
     ),
-    "teacher": (
-        "a random 1000-100-10 network to be learned, a regression",
-        lambda key, seq_len: _arrays(*teacher.teacher(key)),
-    ),
+    "teacher": ("a random 1000-100-10 network to be learned, a regression", lambda key, n: teacher.teacher(key)),
 }
 _FOLDERS = {"shakespeare": "text", "sequential_mnist": "mnist"}  # of the tasks that are named otherwise
 _PACKAGES = {"digits": "scikit-learn", "sequential_digits": "scikit-learn", "passage": "gradjax"}
@@ -154,7 +126,8 @@ def load(
             f"tasks: validation={validation} and test={test} leave nothing to train on; needed: shares of the "
             f"examples, each in [0, 1), with a sum below 1."
         )
-    source = TASKS[name][1](jax.random.fold_in(key, 1), seq_len)
+    made = TASKS[name][1](jax.random.fold_in(key, 1), seq_len)
+    source = made if isinstance(made, Source) else Source(*made)
     order = np.asarray(jax.random.permutation(key, len(source.y)))
     num_test = 0 if source.test else round(test * len(order))
     num_held = num_test + round(validation * len(order))
@@ -173,6 +146,17 @@ def load(
         parts = [(_scaled(x, mean, std), y) for x, y in parts]
     of_y = jnp.int32 if np.issubdtype(y.dtype, np.integer) else jnp.float32
     return Splits(*(Split(jnp.asarray(x), jnp.asarray(y, of_y)) for x, y in parts))
+
+
+def length(name: str, seq_len: int) -> int:
+    """Steps of the sequences of a task whose config says `seq_len`.
+
+    >>> length("adding", 50), length("sequential_mnist", 50)
+    (50, 784)
+    """
+    own = {"sequential_digits": 64, "sequential_mnist": 784}
+    own |= {"copy_memory": seq_len + 2 * sequences.COPIED, "copy_symbol": seq_len + 2}
+    return own.get(name, seq_len)
 
 
 def _moments(x: np.ndarray) -> tuple[float, float]:

@@ -12,12 +12,6 @@ import numpy as np
 
 from gradjax.tasks import files
 
-DESCRIPTIONS = {
-    "digits": "1,797 handwritten digits, 8 x 8 pixels, 10 classes",
-    "mnist": "60,000 + 10,000 handwritten digits, 28 x 28 pixels, 10 classes",
-    "fashion_mnist": "60,000 + 10,000 pieces of clothing, 28 x 28 pixels, 10 classes",
-}
-
 
 class Source(NamedTuple):
     """A data set before it is split: x (examples, ...), y (examples, ...); of uint8 images the value of white."""
@@ -36,17 +30,8 @@ def digits() -> Source:
     return Source(np.asarray(x, np.uint8), np.asarray(y), full_scale=16.0)
 
 
-def mnist() -> Source:
-    """MNIST, with its official test set of 10,000."""
-    return _idx_images("mnist")
-
-
-def fashion_mnist() -> Source:
-    """Fashion-MNIST, with its official test set of 10,000."""
-    return _idx_images("fashion_mnist")
-
-
-def _idx_images(name: str) -> Source:
+def idx(name: str) -> Source:
+    """MNIST or Fashion-MNIST, with its official test set of 10,000."""
     x, y, test_x, test_y = (_idx(files.read(name, file)) for file in files.pinned(name))
     return Source(x, y, 255.0, (test_x, test_y))
 

@@ -16,6 +16,7 @@ from jax import Array
 
 NUM_EXAMPLES = 4000  # a few thousand: more than a small network learns by heart, made in well under a second
 SYMBOLS = 8  # of copy memory, beside a blank and a marker (Arjovsky 2016, section 5.1)
+COPIED = 10  # of them in an example
 BANDS = 12  # of keyword spotting
 
 Data = tuple[np.ndarray, np.ndarray]
@@ -50,7 +51,7 @@ def adding(key: Array, seq_len: int, num_examples: int = NUM_EXAMPLES) -> Data:
     return x, (x[..., 0] * x[..., 1]).sum(1, dtype=np.float32)
 
 
-def copy_memory(key: Array, seq_len: int, num_examples: int = NUM_EXAMPLES, num_symbols: int = 10) -> Data:
+def copy_memory(key: Array, seq_len: int, num_examples: int = NUM_EXAMPLES, num_symbols: int = COPIED) -> Data:
     """Copy memory: `num_symbols` symbols, seq_len blanks of which the last is a marker, then say them again.
 
     Returns:

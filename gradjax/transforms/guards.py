@@ -142,7 +142,10 @@ CAUSES = ("", "params", "value", "gradient", "update")  # of freeze_diverged's t
 
 
 def freeze_diverged(
-    inner: optax.GradientTransformation, max_param_norm: Number = jnp.inf, max_value: Number = jnp.inf
+    inner: optax.GradientTransformation,
+    max_param_norm: Number = jnp.inf,
+    max_value: Number = jnp.inf,
+    patience: int = 1,
 ) -> Wrapper:
     """Give up a run that has diverged: zero updates and an inner state at rest from that step on.
 
@@ -150,18 +153,22 @@ def freeze_diverged(
     parameters' norm exceeds `max_param_norm`, or whose loss exceeds `max_value`. The loss is judged where the caller
     passes it: `update(grads, state, params, value=loss)`. The frozen run keeps the parameters it has; those of the
     last step at which all was well (loss, gradient and update) are `last_good_params(opt_state)`. Memory: one copy of
-    the parameters. Telemetry: `frozen_at` (step, -1 for never), `cause` (index into `CAUSES`), `first_bad_leaf`.
+    the parameters. Telemetry: `frozen_at` (step, -1 for never), `cause` (index into `CAUSES`), `first_bad_leaf`, and
+    `doubtful`, the steps in a row up to this one whose gradient or loss was not finite.
 
     Args:
       inner: the optimiser.
       max_param_norm: largest global norm of the parameters, may be traced.
       max_value: largest loss, may be traced (negative losses are fine).
+      patience: how many steps in a row whose gradient or loss is not finite, though parameters and update are, are
+        one too many: 1, or more where `inner` is a guard that takes such a step by itself.
 
     Raises:
       ValueError: from `update` without params.
     """
     check_number("freeze_diverged: max_param_norm", max_param_norm, open_low=True)
     check_number("freeze_diverged: max_value", max_value, -float("inf"))
+    check_number("freeze_diverged: patience", patience, 1)
 
     def remember(params):
         return jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # a donated buffer must not be both
@@ -178,25 +185,30 @@ def freeze_diverged(
         leaves = [first_bad([each], leaf_of) for each in (norms, of_params)]
         leaves += [first_bad_of(out), first_bad_of(of_after)]
         too_large = ~(scale.log2(scale.union(of_params)).astype(jnp.float32) <= limit)
-        no_value = ~(jnp.isfinite(value) & (value <= jnp.asarray(max_value, dtype)))
         bad_gradient, bad_params, bad_update, bad_after = (leaf >= 0 for leaf in leaves)
+        in_doubt = ~jnp.isfinite(value) | bad_gradient
+        doubtful = jnp.where(in_doubt, state.telemetry["doubtful"] + 1, 0)
+        given_up, too_high = doubtful >= patience, jnp.isfinite(value) & (value > jnp.asarray(max_value, dtype))
+        no_value = too_high | (~jnp.isfinite(value) & given_up)
         # in this order: a NaN in the parameters spreads to the loss, from there to the gradient and the update
-        causes = jnp.stack([bad_params | too_large, no_value, bad_gradient, bad_update | bad_after])
+        causes = [bad_params | too_large, no_value, bad_gradient & given_up, bad_update | bad_after]
+        causes = jnp.stack(causes)
         cause = jnp.where(jnp.any(causes), jnp.argmax(causes).astype(jnp.int32) + 1, 0)
         was = state.telemetry["frozen_at"]
         fine = (was < 0) & (cause == 0)
         new = (was < 0) & (cause != 0)
         frozen_at = jnp.where(new, state.telemetry["count"], was)
         bad = jnp.where(bad_params, leaves[1], jnp.where(bad_gradient, leaves[0], jnp.maximum(leaves[2], leaves[3])))
-        memory = Inside(select(fine, inner_state, state.memory.inner_state), select(fine, params, state.memory.own))
+        good = select(fine & ~in_doubt, params, state.memory.own)
+        memory = Inside(select(fine, inner_state, state.memory.inner_state), good)
         cause = jnp.where(new, cause, state.telemetry["cause"])
         out = select(fine, out, optax.tree.zeros_like(out))
-        clipped = (~fine).astype(jnp.float32)
-        return out, record(
-            state, memory, scale.log2(scale.union(norms)), clipped, bad, frozen_at=frozen_at, cause=cause
-        )
+        told = {"frozen_at": frozen_at, "cause": cause, "doubtful": doubtful}
+        bad = jnp.where(fine, -1, bad)  # what the guard inside dealt with is its own to tell
+        log2_norm = scale.log2(scale.union(norms))
+        return out, record(state, memory, log2_norm, (~fine).astype(jnp.float32), bad, **told)
 
-    return guard("freeze_diverged", inner, update, remember, frozen_at=-1, cause=0)
+    return guard("freeze_diverged", inner, update, remember, frozen_at=-1, cause=0, doubtful=0)
 
 
 def last_good_params(opt_state: PyTree) -> PyTree:
