@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from gradjax import ablation, config, cure
+from gradjax import ablation, config, cure, remedies
 from gradjax.cli import main
 from gradjax.config import ConfigError
 from gradjax.diagnosis import Diagnosis
@@ -114,6 +114,36 @@ def test_programs_are_shared_by_what_differs_in_floats_alone():
         "e": config.replace(base, {"model.dropout": 0.1}),
     }
     assert ablation.programs(settings) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+@pytest.mark.slow
+def test_experiments_of_other_seeds_have_their_own_data():
+    one, two = (experiment(seed=seed, train__num_steps=4, train__eval_every=2) for seed in (0, 1))
+    together = ablation.compare({"one": one, "two": two})
+    for name, own in (("one", one), ("two", two)):
+        np.testing.assert_array_equal(together[name]["loss"], ablation.compare({name: own})[name]["loss"])
+
+
+@pytest.mark.slow
+def test_steps_that_were_not_taken_cost_nothing():
+    own = experiment(train__stop_at_target=True, train__target=-1.0, train__num_steps=3000, train__eval_every=30)
+    ds = ablation.compare({"one": own})["one"]
+    assert ds.sizes["step"] == 30
+    took = ds.attrs["seconds_per_step"] * own.train.num_seeds * 30
+    assert took > 1e-3  # all of the time over the steps taken, not over the 3,000
+
+
+@pytest.mark.slow
+def test_what_fits_a_recurrent_network_runs_or_is_left_out():
+    small = {"model.name": "rnn", "model.depth": 1, "model.width": 8, "model.sigma_w": 0.3, "train.num_steps": 2}
+    small |= {"task.name": "temporal_order", "task.seq_len": 20, "train.eval_every": 1, "train.num_seeds": 2}
+    sick = config.replace(config.Experiment(), small | {"diagnose.num_seeds": 2, "diagnose.spectrum_seeds": 0})
+    names = ["batchnorm", "lsuv_init", "gru", "orthogonal_rnn", "critical_init"]
+    assert set(names) <= set(remedies.fitting(["vanishing_gradients"]))
+    found = cure.find_cure(sick, names, pairs=False)
+    assert found.verdict.findings[0].pathology == "vanishing_gradients"
+    assert "has no batchnorm" in found.left_out["batchnorm"] and "has no lsuv" in found.left_out["lsuv_init"]
+    assert {row["remedy"] for row in found.ranking} == {"untreated", *names[2:]}
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradjax import config, pretraining, tasks, training
+from gradjax import config, measure, models, pretraining, step, tasks, training
 from gradjax.pretraining import contrastive_divergence, denoising, pretrain
 
 SMALL = {
@@ -167,6 +167,28 @@ def test_networks_that_it_cannot_serve_are_refused(settings, reason, digits):
     config.check(config.replace(e, {"train.pretrain": "none"}))
     other = type("Model", (), {"name": "lenet5"})()
     assert "'lenet5' is not" in pretraining.refuses(type("E", (), {"train": e.train, "model": other})())
+
+
+@pytest.mark.slow
+def test_a_diagnosis_is_of_the_pre_trained_network(digits):
+    """Its signals are those of the variables that training starts from, not of the random ones below them."""
+    small = {"diagnose__num_seeds": 2, "diagnose__spectrum_seeds": 0, "train__pretrain_steps": 20}
+    plain, trained = (experiment(train__pretrain=method, **small) for method in ("none", "rbm"))
+    before, after = measure.measure(plain), measure.measure(trained)
+    assert abs(before["log_gradient_norm"] - after["log_gradient_norm"]).min() > 1e-3
+    assert not before.attrs["theory"] and "pre-trained" in after.attrs["theory"]
+    key = jax.random.fold_in(jax.random.split(jax.random.key(trained.seed))[1], 0)
+    problem = training.problem_of(trained, training.splits_of(trained))
+    splits = training.splits_of(trained)
+    model = models.build(trained.model, problem.num_outputs)
+    first = tasks.batch_at(splits.train, jax.random.split(jax.random.key(trained.seed))[0], 0, trained.task.batch_size)
+    start = training.start(key, model, trained, first, splits.train)
+    state = training.init(key, {}, splits, problem)
+    for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.variables), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    h0, links = model.links(start, first.x)
+    seen = step.signals(links, h0, loss=lambda logits: training.loss_and_score(logits, first.y).loss)
+    np.testing.assert_allclose(after["log_gradient_norm"][0], seen.log_gradient_norm[:-1], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -303,6 +303,11 @@ def test_digits_need_no_files():
     assert tasks.fetch("digits") == [] and tasks.verify("digits") == []
 
 
+@pytest.mark.parametrize("name", ["sequential_digits", "adding", "copy_memory", "copy_symbol", "passage"])
+def test_the_length_of_a_sequence_is_known_beforehand(name, key):
+    assert tasks.load(name, key, seq_len=30).train.x.shape[1] == tasks.length(name, 30)
+
+
 def test_every_task_is_described():
     assert [entry.name for entry in tasks.available()] == list(tasks.TASKS)
 

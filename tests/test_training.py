@@ -171,6 +171,27 @@ def test_more_ways_to_train(digits, more):
     assert record.loss[0, -1] < 0.6 * record.loss[0, 0]
 
 
+def test_sequences_for_a_network_of_vectors_are_refused():
+    x = jnp.zeros((20, 8, 2))
+    splits = Splits(*[Split(x, jnp.zeros(20))] * 3)
+    with pytest.raises(ValueError, match=r"has shape \(8, 2\), and model.name = 'mlp' takes vectors"):
+        training.problem_of(experiment(task__name="adding"), splits)
+    training.problem_of(config.replace(config.Experiment(), {"model.name": "rnn", "task.batch_size": 4}), splits)
+
+
+@pytest.mark.slow
+def test_a_skipped_batch_leaves_nothing_in_running_averages(digits):
+    e = experiment(optimizer__guard="skip_non_finite", model__normalization="batchnorm", train__num_steps=8)
+    spoiled = digits._replace(train=digits.train._replace(x=digits.train.x.at[5].set(jnp.nan)))
+    problem = training.problem_of(e, spoiled)
+    state = training.init(jax.random.key(0), {}, digits, problem)
+    run = jax.jit(lambda s: training.run_chunk(s, {}, spoiled, problem, 80))  # one epoch and a bit
+    state, record = run(state)
+    assert 1 <= int(jnp.isnan(record.loss).sum()) <= 3 and training.frozen_at(state) == -1
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.variables))
+    assert record.validation.score > 0.5
+
+
 def test_a_batch_larger_than_the_split_is_refused(digits):
     with pytest.raises(ValueError, match=r"task\.batch_size is 5000; the training split has 1257"):
         training.problem_of(experiment(task__batch_size=5000), digits)
