@@ -96,7 +96,8 @@ def find_cure(
     if pairs and rows[0]["share"] < HEALTHY_SHARE:
         best = [row["remedy"] for row in rows if row["remedy"] != UNTREATED][:PAIRS_OF]
         more: dict[str, Experiment] = {}
-        _add([f"{a}+{b}" for a, b in combinations(best, 2) if "+" not in a + b], experiment, more, left_out)
+        two = [(a, b) for a, b in combinations(best, 2) if "+" not in a + b]
+        _add([f"{a}+{b}" for a, b in two if _add_up(a, b, experiments)], experiment, more, left_out)
         more = {name: e for name, e in more.items() if e not in experiments.values()}
         if more:
             say(f"no remedy alone is enough: {', '.join(more)}")
@@ -127,6 +128,13 @@ def is_better(name: str, found: Mapping[str, xr.Dataset]) -> bool:
 def _programs(found: Mapping[str, xr.Dataset]) -> int:
     """Training programs that were compiled."""
     return len({ds.attrs["program"] for ds in found.values()})
+
+
+def _add_up(a: str, b: str, experiments: Mapping[str, Experiment]) -> bool:
+    """Whether each of two remedies changes something that the other leaves: of two activations one is undone."""
+    before = config.flatten(experiments[UNTREATED])
+    one, other = ({k for k, v in config.flatten(experiments[n]).items() if v != before[k]} for n in (a, b))
+    return not (one <= other or other <= one)
 
 
 def _add(names: Sequence[str], experiment: Experiment, experiments: dict, left_out: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """`find_cure`: ranking on made-up results, and small real trainings."""
 
+import itertools
 import json
 import math
 
@@ -88,6 +89,15 @@ def test_a_winner_is_better_beyond_chance():
     assert [n for n in found if cure.is_better(n, found)] == ["good", "one seed"]
     flat = {"untreated": made_up([True] * 4, [0.5] * 4), "same": made_up([True] * 4, [0.5] * 4)}
     assert not cure.is_better("same", flat)
+
+
+def test_pairs_are_of_remedies_that_do_not_undo_each_other():
+    names = ("relu", "elu", "residual", "rezero", "clip", "l1")
+    tried = {"untreated": experiment(model__activation="tanh")}
+    tried |= {name: remedies.apply(name, tried["untreated"]) for name in names}
+    pairs = {(a, b) for a, b in itertools.combinations(names, 2) if cure._add_up(a, b, tried)}
+    assert ("relu", "elu") not in pairs and ("residual", "rezero") not in pairs
+    assert {("relu", "residual"), ("elu", "rezero"), ("clip", "l1"), ("residual", "clip")} <= pairs
 
 
 def test_what_trains_needs_no_cure_and_says_so():

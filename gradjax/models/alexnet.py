@@ -7,32 +7,20 @@ with stride 4, pooling 2x2 for 3x3, dense layers of 8w for 4096, one stream for 
 Dropout follows the dense layers, as in the paper (there with rate 0.5).
 """
 
-from typing import Any
-
-import flax.linen as nn
 from jax import Array
 
-from gradjax.models.convolution import ConvLayer, DenseLayer, Part, Readout, forward, links_of, part
-from gradjax.step import Links
+from gradjax.models.convolution import ConvLayer, DenseLayer, Network, Part, Readout, part
 
-PyTree = Any
 LAYERS = 7
 
 
-class AlexNet(nn.Module):
+class AlexNet(Network, kw_only=True):
     """Five convolutions whose first has `width` channels, two dense layers and a linear read-out."""
 
-    num_outputs: int
     width: int
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
     dropout: float | Array | None = None
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, x: Array) -> list[Part]:
         wide = 8 * self.width // 3
         plan = [(self.width, 5, True), (wide, 5, True), (4 * self.width, 3, False), (4 * self.width, 3, False)]
         plan.append((wide, 3, True))
@@ -42,12 +30,3 @@ class AlexNet(nn.Module):
         ]
         dense = [part(f"dense_{i}", self, DenseLayer, width=8 * self.width, depth=LAYERS) for i in (1, 2)]
         return [*convolutions, *dense, part("readout", self, Readout)]
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs) of flat images (batch, features)."""
-        return forward(self._parts(), x, train)
-
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """The eight layers; see `gradjax.models.convolution.links_of`."""
-        return links_of(self._parts(), variables, x, key)

@@ -7,40 +7,18 @@ gradients grow per layer as those of an MLP, with fan_in = 9 width. `depth` coun
 are one scan. With delta-orthogonal weights, sigma_w = 1, no biases and linear phi each of these is an exact isometry.
 """
 
-from typing import Any
-
-import flax.linen as nn
 from jax import Array
 
-from gradjax.models.convolution import ConvLayer, Part, Readout, forward, links_of, part
-from gradjax.step import Links
-
-PyTree = Any
+from gradjax.models.convolution import ConvLayer, Network, Part, Readout, part
 
 
-class CircularCNN(nn.Module):
+class CircularCNN(Network, kw_only=True):
     """`depth` circular convolutions of `width` channels and a linear read-out of the mean pixel."""
 
-    num_outputs: int
     depth: int
     width: int
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, x: Array) -> list[Part]:
         own = {"features": self.width, "padding": "circular"}
         hidden = [part("stage", self, ConvLayer, self.depth - 1, **own)] if self.depth > 1 else []
         return [part("embed", self, ConvLayer, flat=True, **own), *hidden, part("readout", self, Readout)]
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs) of flat images (batch, features)."""
-        return forward(self._parts(), x, train)
-
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """Embedding, one `Scan` of the equal layers, read-out; see `gradjax.models.convolution.links_of`."""
-        return links_of(self._parts(), variables, x, key)

@@ -38,7 +38,7 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from gradjax.initializers import bias
-from gradjax.models.layers import Activation, Dense, Dropout, image_of, normalize, weight
+from gradjax.models.layers import Activation, Dense, Dropout, Treated, image_of, normalize, settings, weight
 from gradjax.step import Links, Scan
 
 PyTree = Any
@@ -221,7 +221,7 @@ class Conv(nn.Module):
 # -- layers ----------------------------------------------------------------------------------------------
 
 
-class ConvLayer(nn.Module):
+class ConvLayer(Treated, kw_only=True):
     """phi(pool(norm(W * h + b))): the maximum and an increasing phi may change places, and this way is cheaper."""
 
     features: int
@@ -231,12 +231,6 @@ class ConvLayer(nn.Module):
     pooled: bool = False
     flat: bool = False  # whether h is an image as a task gives it, (..., features)
     depth: int | None = None
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
 
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
@@ -249,17 +243,11 @@ class ConvLayer(nn.Module):
         return Activation(self.activation, self.depth, name="activation")(z)
 
 
-class DenseLayer(nn.Module):
+class DenseLayer(Treated, kw_only=True):
     """phi(norm(W h + b)) of the whole image, then dropout."""
 
     width: int
     depth: int | None = None
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
     dropout: float | Array | None = None
 
     @nn.compact
@@ -306,13 +294,6 @@ def shares(depth: int, stages: int = 3) -> list[int]:
     return [depth // stages + (stage < depth % stages) for stage in range(stages)]
 
 
-def settings(owner: nn.Module, kind: Callable[..., Any], **own: Any) -> Any:
-    """`kind` with the fields that it shares with the module `owner`, and its `own`."""
-    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    shared = [name for name in fields if name not in ("name", "parent", *own) and hasattr(owner, name)]
-    return kind(**{name: getattr(owner, name) for name in shared}, **own)
-
-
 # -- networks --------------------------------------------------------------------------------------------
 
 
@@ -347,40 +328,55 @@ def part(name: str, owner: nn.Module, kind: Callable[..., Any], count: int = 0, 
     return Part(name, lambda **where: settings(owner, kind, **own, **where), count)
 
 
-def forward(parts: Sequence[Part], h: Array, train: bool) -> Array:
-    """The parts one after the other, as submodules of the compact module that calls this."""
-    for name, layer, count in parts:
-        h = (Stack(layer, count, name=name) if count else layer(name=name))(h, train)
-    return h
+class Network(nn.Module, kw_only=True):
+    """A network of parts: what it is made of is all that an architecture says."""
 
+    num_outputs: int
+    activation: str = "tanh"
+    sigma_w: float | Array = 1.0
+    sigma_b: float | Array = 0.0
+    weights: str = "gaussian"
+    weight_standardization: bool = False
+    normalization: str = "none"
 
-def links_of(parts: Sequence[Part], variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-    """The parts in training mode as links, for `gradjax.step` and `gradjax.spectrum`.
+    def _parts(self, x: Array) -> Sequence[Part]:
+        """The layers, from the flat images x to the logits."""
+        raise NotImplementedError
 
-    Args:
-      parts: of the network.
-      variables: as `init` returns them.
-      x: flat images, (features,) or (batch, features).
-      key: PRNG key of the dropout masks, needed where there is dropout.
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Logits (batch, num_outputs) of flat images (batch, features)."""
+        h = x
+        for name, layer, count in self._parts(x):
+            h = (Stack(layer, count, name=name) if count else layer(name=name))(h, train)
+        return h
 
-    Returns:
-      x, and a link (step, theta) for each part, a `Scan` for a stack; theta holds the layer's variables and, with
-      dropout, its key. With BatchNorm the states are whole batches.
-    """
-    links = []
-    for index, (name, layer, count) in enumerate(parts):
-        module = layer(parent=None)
-        own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
-        theta: Any = {"variables": {kind: tree["layers"] for kind, tree in own.items()} if count else own}
-        if getattr(module, "dropout", None) is not None:
-            if key is None:
-                raise ValueError("links: a network with dropout draws masks; pass key=jax.random.key(...).")
-            mine = jax.random.fold_in(key, index)
-            theta["key"] = jax.random.split(mine, count) if count else mine
+    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
+        """The parts in training mode as links, for `gradjax.step` and `gradjax.spectrum`.
 
-        def step(h, theta, module=module):
-            rngs = {"dropout": theta["key"]} if "key" in theta else {}
-            return module.apply(theta["variables"], h, True, rngs=rngs, mutable=["batch_stats"])[0]
+        Args:
+          variables: as `init` returns them.
+          x: flat images, (features,) or (batch, features).
+          key: PRNG key of the dropout masks, needed where there is dropout.
 
-        links.append(Scan(step, theta) if count else (step, theta))
-    return x, links
+        Returns:
+          x, and a link (step, theta) for each part, a `Scan` for a stack; theta holds the layer's variables and, with
+          dropout, its key. With BatchNorm the states are whole batches.
+        """
+        links: list = []
+        for index, (name, layer, count) in enumerate(self._parts(x)):
+            module = layer(parent=None)
+            own = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+            theta: Any = {"variables": {kind: tree["layers"] for kind, tree in own.items()} if count else own}
+            if getattr(module, "dropout", None) is not None:
+                if key is None:
+                    raise ValueError("links: a network with dropout draws masks; pass key=jax.random.key(...).")
+                mine = jax.random.fold_in(key, index)
+                theta["key"] = jax.random.split(mine, count) if count else mine
+
+            def step(h, theta, module=module):
+                rngs = {"dropout": theta["key"]} if "key" in theta else {}
+                return module.apply(theta["variables"], h, True, rngs=rngs, mutable=["batch_stats"])[0]
+
+            links.append(Scan(step, theta) if count else (step, theta))
+        return x, links

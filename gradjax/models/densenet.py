@@ -8,30 +8,20 @@ blocks: phi(norm(h)), a 1x1 convolution to half the channels, the mean of 2x2 pi
 over pixels come before the logits. Layers have unequal shapes, so compile time grows with depth.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gradjax.models.convolution import Conv, Part, forward, links_of, part, pool, settings, shares
+from gradjax.models.convolution import Conv, Network, Part, part, pool, settings, shares
+from gradjax.models.layers import Treated
 from gradjax.models.resnet import Head, Rectify, Stem
-from gradjax.step import Links
-
-PyTree = Any
 
 
-class Append(nn.Module):
+class Append(Treated):
     """[h, W * phi(norm(h)) + b]."""
 
     growth: int
     depth: int
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
-    weight_standardization: bool
-    normalization: str
 
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
@@ -40,16 +30,10 @@ class Append(nn.Module):
         return jnp.concatenate([h, settings(self, Conv, features=self.growth, name="conv")(a)], -1)
 
 
-class Transition(nn.Module):
+class Transition(Treated):
     """Half the channels, half the sides."""
 
     depth: int
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
-    weight_standardization: bool
-    normalization: str
 
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
@@ -58,20 +42,13 @@ class Transition(nn.Module):
         return pool(settings(self, Conv, features=max(h.shape[-1] // 2, 1), size=1, name="conv")(a), average=True)
 
 
-class DenseNet(nn.Module):
+class DenseNet(Network, kw_only=True):
     """`depth` layers in dense blocks, each of which adds width / 2 channels, and a read-out."""
 
-    num_outputs: int
     depth: int
     width: int
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, x: Array) -> list[Part]:
         parts, layer = [part("embed", self, Stem)], 0
         for stage, count in enumerate(shares(self.depth)):
             parts += [part(f"transition_{stage}", self, Transition)] if stage else []
@@ -80,12 +57,3 @@ class DenseNet(nn.Module):
             ]
             layer += count
         return [*parts, part("readout", self, Head)]
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs) of flat images (batch, features)."""
-        return forward(self._parts(), x, train)
-
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """Every layer and transition is a link; see `gradjax.models.convolution.links_of`."""
-        return links_of(self._parts(), variables, x, key)

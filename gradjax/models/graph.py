@@ -19,28 +19,22 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gradjax.models.convolution import Stack, settings
-from gradjax.models.layers import Activation, Dense, Skip, normalize
+from gradjax.models.convolution import Stack
+from gradjax.models.layers import Activation, Dense, Skip, Treated, normalize, settings
 from gradjax.step import Links, Scan
 
 PyTree = Any
 
 
-class Layer(nn.Module):
+class Layer(Treated):
     """One graph convolution; the state is (A_hat, H), of which A_hat stays."""
 
     first: bool
     width: int
     depth: int
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
-    weight_standardization: bool
     residual: bool
     residual_scale: float | Array
     residual_learned: bool
-    normalization: str
 
     @nn.compact
     def __call__(self, state: tuple[Array, Array], train: bool) -> tuple[Array, Array]:
@@ -89,7 +83,7 @@ class GCN(nn.Module):
         """Logits (batch, num_outputs) of (batch, nodes, nodes + features); per_step: (batch, nodes, num_outputs)."""
         state = self._layer(True, name="embed")(split(x if x.ndim == 3 else x[0]), train)
         if self.depth > 1:
-            layer = lambda **where: settings(self, Layer, first=False, **where)
+            layer = lambda **where: settings(self, Layer, first=False, **where)  # `_layer` would bind it to this module
             state = Stack(layer, self.depth - 1, name="stage")(state, train)
         h = state[1] if self.per_step else jnp.mean(state[1], -2)
         return nn.Dense(self.num_outputs, kernel_init=nn.initializers.lecun_normal(), name="readout")(h)

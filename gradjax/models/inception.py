@@ -17,33 +17,24 @@ from jax import Array
 
 from gradjax.models.convolution import (
     ConvLayer,
+    Network,
     Part,
     Readout,
-    forward,
-    links_of,
     neighbours,
     part,
     pool,
     settings,
     shares,
 )
-from gradjax.step import Links
-
-PyTree = Any
+from gradjax.models.layers import Treated
 
 
-class Block(nn.Module):
+class Block(Treated):
     """Four branches of one input, put side by side."""
 
     features: int
     halved: bool
     depth: int
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
-    weight_standardization: bool
-    normalization: str
 
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
@@ -59,18 +50,11 @@ class Block(nn.Module):
         return jnp.concatenate([conv("one", h, n - n // 2 - 2 * (n // 8)), three, five, pooled], -1)
 
 
-class Inception(nn.Module):
+class Inception(Network, kw_only=True):
     """`depth` blocks, `width` channels in the first stage, and a read-out."""
 
-    num_outputs: int
     depth: int
     width: int
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
 
     @staticmethod
     def refuses(model: Any) -> str:
@@ -78,7 +62,7 @@ class Inception(nn.Module):
         wrong = f"inception: model.width is {model.width}; its four branches need 8 channels or more."
         return wrong if model.width < 8 else ""
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, x: Array) -> list[Part]:
         if reason := self.refuses(self):
             raise ValueError(reason)
         parts = [part("embed", self, ConvLayer, features=self.width, flat=True)]
@@ -88,12 +72,3 @@ class Inception(nn.Module):
             count -= bool(stage)
             parts += [part(f"stage_{stage + 1}", self, Block, count, halved=False, **own)] if count else []
         return [*parts, part("readout", self, Readout)]
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs) of flat images (batch, features)."""
-        return forward(self._parts(), x, train)
-
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """The first convolution, blocks (a `Scan` per stage), read-out; see `gradjax.models.convolution.links_of`."""
-        return links_of(self._parts(), variables, x, key)

@@ -153,6 +153,24 @@ def image_of(x: Array) -> Array:
     )
 
 
+class Treated(nn.Module):
+    """The settings that a hidden layer of any architecture has."""
+
+    activation: str
+    sigma_w: float | Array
+    sigma_b: float | Array
+    weights: str
+    weight_standardization: bool
+    normalization: str
+
+
+def settings(owner: nn.Module, kind: Callable[..., Any], **own: Any) -> Any:
+    """`kind` with the fields that it shares with the module `owner`, and its `own`."""
+    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    shared = [name for name in fields if name not in ("name", "parent", *own) and hasattr(owner, name)]
+    return kind(**{name: getattr(owner, name) for name in shared}, **own)
+
+
 def fields_of(model: type[nn.Module], config: Any) -> dict[str, Any]:
     """The settings of a `gradjax.config.Model` that a module declares as its fields."""
     own = {name for name in model.__dataclass_fields__ if name not in ("name", "parent")}

@@ -8,28 +8,16 @@ increasing phi and the maximum is the same as before it. On images whose side af
 such as the 8 x 8 digits, the second convolution keeps the size. 61,706 parameters on MNIST.
 """
 
-from typing import Any
-
-import flax.linen as nn
 from jax import Array
 
-from gradjax.models.convolution import ConvLayer, DenseLayer, Part, Readout, forward, links_of, part, side_of
-from gradjax.step import Links
+from gradjax.models.convolution import ConvLayer, DenseLayer, Network, Part, Readout, part, side_of
 
-PyTree = Any
 LAYERS = 4
 
 
-class LeNet5(nn.Module):
+class LeNet5(Network, kw_only=True):
     """Two convolutions, two dense layers and a linear read-out; dropout follows the dense layers."""
 
-    num_outputs: int
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
     dropout: float | Array | None = None
 
     def _parts(self, x: Array) -> list[Part]:
@@ -41,12 +29,3 @@ class LeNet5(nn.Module):
             part("dense_2", self, DenseLayer, width=84, depth=LAYERS),
             part("readout", self, Readout),
         ]
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs) of flat images (batch, features)."""
-        return forward(self._parts(x), x, train)
-
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """The five layers; see `gradjax.models.convolution.links_of`."""
-        return links_of(self._parts(x), variables, x, key)

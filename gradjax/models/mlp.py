@@ -32,30 +32,24 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from gradjax.models.layers import Activation, Dense, Dropout, Skip, normalize
+from gradjax.models.layers import Activation, Dense, Dropout, Skip, Treated, normalize, settings
 from gradjax.step import Links, Scan, nested_scan
 
 PyTree = Any
 
 
-class Layer(nn.Module):
+class Layer(Treated):
     """One hidden layer; the first one, which maps the inputs, is always plain."""
 
     first: bool
     depth: int
     width: int
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
-    weight_standardization: bool
     residual: bool
     residual_scale: float | Array
     residual_learned: bool
     fixup: bool
     bottleneck: int
     highway: bool
-    normalization: str
     dropout: float | Array | None
     dropout_on: str
 
@@ -117,7 +111,7 @@ class MLP(nn.Module):
     remat: bool = False
 
     def _layer(self, first: bool, **kwargs) -> Layer:
-        return Layer(first, **{name: getattr(self, name) for name in _LAYER_FIELDS}, **kwargs)
+        return settings(self, Layer, first=first, **kwargs)
 
     def _readout(self, **kwargs) -> nn.Dense:
         start = nn.initializers.zeros if self.fixup else nn.initializers.lecun_normal()
@@ -224,6 +218,3 @@ class MLP(nn.Module):
 
         hidden = [Scan(layer_step(False), layers)] if self.depth > 1 else []
         return x, [(layer_step(True), embed), *hidden, (readout, last)]
-
-
-_LAYER_FIELDS = [name for name in Layer.__dataclass_fields__ if name not in ("first", "name", "parent")]

@@ -33,7 +33,7 @@ from jax import Array, lax
 
 from gradjax.activations import ACTIVATIONS
 from gradjax.initializers import WEIGHTS, bias, gaussian
-from gradjax.models.layers import Dropout
+from gradjax.models.layers import Dropout, settings
 from gradjax.step import Links, Scan
 
 PyTree = Any
@@ -157,7 +157,7 @@ class Recurrent(nn.Module):
         return no_batchnorm(model)
 
     def _layer(self, **kwargs: Any) -> Layer:
-        return Layer(**{name: getattr(self, name) for name in _LAYER_FIELDS}, **kwargs)
+        return settings(self, Layer, **kwargs)
 
     def _features(self, x: Array) -> list[int]:
         return [x.shape[-1]] + [self.width] * (self.depth - 1)
@@ -320,8 +320,3 @@ def check_sequences(name: str, model: Any, x: Array) -> None:
             f"models: {name} needs sequences (batch, seq_len, features), or tokens (batch, seq_len), and got {x.dtype} "
             f"of shape {tuple(x.shape)}; choose a task of sequences, as task.name = 'sequential_digits'."
         )
-
-
-_LAYER_FIELDS = (
-    "width", "cell", "activation", "sigma_w", "sigma_b", "weights", "normalization", "forget_bias", "chrono",
-)  # fmt: skip

@@ -19,11 +19,8 @@ from typing import Any
 import flax.linen as nn
 from jax import Array
 
-from gradjax.models.convolution import Conv, Part, Readout, forward, links_of, part, settings, shares
-from gradjax.models.layers import Activation, Skip, image_of, normalize
-from gradjax.step import Links
-
-PyTree = Any
+from gradjax.models.convolution import Conv, Network, Part, Readout, part, settings, shares
+from gradjax.models.layers import Activation, Skip, Treated, image_of, normalize
 
 
 class Stem(nn.Module):
@@ -70,21 +67,15 @@ class Head(nn.Module):
         return Readout(self.num_outputs, zero=self.fixup, name="logits")(a, train)
 
 
-class Block(nn.Module):
+class Block(Treated):
     """One residual block; where it halves the image it has `stride` 2 and more channels."""
 
     features: int
     stride: int
     depth: int
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
-    weight_standardization: bool
     residual_scale: float | Array
     residual_learned: bool
     fixup: bool
-    normalization: str
 
     def _conv(self, name: str, gain: float = 1.0, **own: Any) -> Conv:
         sigma_w = self.sigma_w if gain == 1.0 else gain * self.sigma_w
@@ -105,21 +96,14 @@ class Block(nn.Module):
         return shift("bias_4", skip(h, branch))
 
 
-class ResNet(nn.Module):
+class ResNet(Network, kw_only=True):
     """`depth` residual blocks of two 3x3 convolutions, `width` channels in the first stage, and a read-out."""
 
-    num_outputs: int
     depth: int
     width: int
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
     residual_scale: float | Array = 1.0
     residual_learned: bool = False
     fixup: bool = False
-    normalization: str = "none"
 
     @staticmethod
     def refuses(model: Any) -> str:
@@ -131,7 +115,7 @@ class ResNet(nn.Module):
             )
         return ""
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, x: Array) -> list[Part]:
         if reason := self.refuses(self):
             raise ValueError(reason)
         parts = [part("embed", self, Stem)]
@@ -141,12 +125,3 @@ class ResNet(nn.Module):
             count -= bool(stage)
             parts += [part(f"stage_{stage + 1}", self, Block, count, stride=1, **own)] if count else []
         return [*parts, part("readout", self, Head)]
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs) of flat images (batch, features)."""
-        return forward(self._parts(), x, train)
-
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """Stem, blocks (a `Scan` per stage), read-out; see `gradjax.models.convolution.links_of`."""
-        return links_of(self._parts(), variables, x, key)

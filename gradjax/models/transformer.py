@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gradjax.models.layers import Activation, Dense, Dropout, Skip, normalize
+from gradjax.models.layers import Activation, Dense, Dropout, Skip, normalize, settings
 from gradjax.models.recurrent import check_sequences, no_batchnorm, sequence_of
 from gradjax.step import Links, Scan
 
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         return no_batchnorm(model)
 
     def _block(self, **kwargs: Any) -> Block:
-        return Block(causal=self.per_step, **{name: getattr(self, name) for name in _BLOCK_FIELDS}, **kwargs)
+        return settings(self, Block, causal=self.per_step, **kwargs)
 
     def _readout(self, per_step: bool, **kwargs: Any) -> Readout:
         return Readout(self.num_outputs, self.normalization if self.placement == "pre" else "none", per_step, **kwargs)
@@ -247,9 +247,3 @@ class Transformer(nn.Module):
             return self._readout(False, parent=None).apply(theta["variables"], h)  # the mean over one step
 
         return self._inputs(x), [(embed, theta("embed")), Scan(block, layers), (readout, theta("readout"))]
-
-
-_BLOCK_FIELDS = (
-    "width", "depth", "activation", "sigma_w", "sigma_b", "weights", "residual_scale", "residual_learned",
-    "normalization", "placement", "num_heads", "dropout",
-)  # fmt: skip

@@ -8,32 +8,19 @@ This is also the plain network of He et al. 2015 (arXiv 1502.01852), whose 22 an
 does not train. Scaled: three stages for five, one dense layer of 8w for two of 4096.
 """
 
-from typing import Any
-
-import flax.linen as nn
 from jax import Array
 
-from gradjax.models.convolution import ConvLayer, DenseLayer, Part, Readout, forward, links_of, part, shares
-from gradjax.step import Links
-
-PyTree = Any
+from gradjax.models.convolution import ConvLayer, DenseLayer, Network, Part, Readout, part, shares
 
 
-class VGG(nn.Module):
+class VGG(Network, kw_only=True):
     """`depth` convolutions, `width` channels in the first stage, a dense layer and a linear read-out."""
 
-    num_outputs: int
     depth: int
     width: int
-    activation: str = "tanh"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
-    weight_standardization: bool = False
-    normalization: str = "none"
     dropout: float | Array | None = None
 
-    def _parts(self) -> list[Part]:
+    def _parts(self, x: Array) -> list[Part]:
         parts = []
         for stage, count in enumerate(shares(self.depth)):
             channels, name = self.width * 2**stage, f"stage_{stage + 1}"
@@ -42,12 +29,3 @@ class VGG(nn.Module):
             parts += [one(name, count - 2)] if count > 2 else []
             parts += [one(f"{name}_last", pooled=True)] if count > 1 else []
         return [*parts, part("dense", self, DenseLayer, width=8 * self.width), part("readout", self, Readout)]
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs) of flat images (batch, features)."""
-        return forward(self._parts(), x, train)
-
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """Each convolution, the dense layer and the read-out; see `gradjax.models.convolution.links_of`."""
-        return links_of(self._parts(), variables, x, key)
