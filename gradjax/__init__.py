@@ -52,28 +52,7 @@ _HOME = {
     "watch": "transforms",
 }
 
-__all__ = [
-    "__version__",
-    "Monitor",
-    "compare",
-    "coordinate_check",
-    "diagnose",
-    "find_cure",
-    "functional",
-    "jacobian_spectrum",
-    "layer_jacobians",
-    "links",
-    "log_singular_values",
-    "lyapunov_exponents",
-    "moments",
-    "per_example",
-    "probe",
-    "signals",
-    "sweep",
-    "tap",
-    "telemetry",
-    "watch",
-]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

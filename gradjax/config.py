@@ -121,7 +121,7 @@ class Optimizer:
     learning_rate: float = _field(1e-3, within="[0, 1e18]")
     """Peak of the schedule. Default: Adam's (Kingma 2015)."""
     momentum: float | None = _field(None, within="[0, 1)")
-    """Momentum, b1 of Adam's kind; None: the optimiser's own, which is .9 (muon .95)."""
+    """Momentum, b1 of Adam's kind; None: the optimiser's own, which is .9 (muon .95). "sgd" has none."""
     b2: float | None = _field(None, within="[0, 1)")
     """Decay of the squares; None: the optimiser's own (adam .999, lion .99, rmsprop and adadelta .9)."""
     schedule: str = _field("constant", options="gradjax.optimizers:SCHEDULES")
@@ -133,9 +133,11 @@ class Optimizer:
     clipping: str = _field("none", options="gradjax.optimizers:CLIPPING")
     """Rule for the gradient (of L-BFGS for its direction); an unknown name lists them."""
     max_norm: float = _field(1.0, within="[0, 1e38]")
-    """Threshold of the clipping rule, whatever it calls it. Default: Pascanu 2013's order of magnitude."""
+    """Threshold of the clipping rule, whatever it calls it; autoclip, historical_clip and zclip have none. Default:
+    Pascanu 2013's order of magnitude."""
     guard: str = _field("none", options="gradjax.optimizers:GUARDS")
-    """What is done about non-finite or spiking gradients; an unknown name lists them."""
+    """What is done about non-finite or spiking gradients; an unknown name lists them. Without one a seed is lost at its
+    first such step, with one after 20 in a row."""
     weight_decay: float | None = _field(None, within="[0, 1e18]")
     """Decoupled decay of the weights, times the rate (Loshchilov 2019); None: none."""
     l2: float | None = _field(None, within="[0, 1e18]")

@@ -169,7 +169,6 @@ def _or(value: float, instead: float) -> float:
 
 def _row(name: str, ds: xr.Dataset) -> dict[str, Any]:
     trained, seeds = int(ds["trained"].sum()), ds.sizes["seed"]
-    share = scipy.stats.binomtest(trained, seeds).proportion_ci(method="wilson")
     scores = ds["final_score"].values.astype(float)
     score, half = _mean_interval(scores)
     at, lost = ds["trained_at"].values, ds["diverged_at"].values >= 0
@@ -178,7 +177,7 @@ def _row(name: str, ds: xr.Dataset) -> dict[str, Any]:
         "trained": trained,
         "seeds": seeds,
         "share": trained / seeds,
-        "share_interval": [float(share.low), float(share.high)],
+        "share_interval": results.wilson(trained, seeds),
         "score": score,
         "score_interval": [score - half, score + half],
         "test_score": float(np.mean(ds["test_score"].values)),

@@ -54,12 +54,11 @@ def summary(ds: xr.Dataset) -> dict[str, Any]:
     for i in range(flat.sizes["setting"]):
         one = flat.isel(setting=i)
         count, seeds = int(one["trained"].sum()), one.sizes["seed"]
-        interval = scipy.stats.binomtest(count, seeds).proportion_ci(method="wilson")
         rows.append(
             {str(name): one[name].item() for name in names if name != "setting"}
             | {
                 "trained": count,
-                "trained_interval": [float(interval.low), float(interval.high)],
+                "trained_interval": wilson(count, seeds),
                 "validation_score": _nanmedian(one["final_score"].values),
                 "test_score": _nanmedian(one["test_score"].values),
                 "diverged": int((one["diverged_at"] >= 0).sum()),
@@ -68,6 +67,16 @@ def summary(ds: xr.Dataset) -> dict[str, Any]:
     rows.sort(key=lambda row: (-row["trained"], -np.nan_to_num(row["validation_score"], nan=-np.inf)))
     columns = [str(name) for name in names if name != "setting"]
     return {"swept": columns, "num_seeds": ds.sizes["seed"], "plan": ds.attrs.get("plan", ""), "settings": rows}
+
+
+def wilson(count: int, seeds: int) -> list[float]:
+    """Wilson's 95% interval of a share of seeds.
+
+    >>> [round(end, 2) for end in wilson(8, 8)]
+    [0.68, 1.0]
+    """
+    interval = scipy.stats.binomtest(count, seeds).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]
 
 
 def _nanmedian(values: np.ndarray) -> float:

@@ -127,8 +127,7 @@ def mean(label: str, values: np.ndarray) -> Row:
 
 def share(label: str, trained: np.ndarray) -> Row:
     """Wilson's interval of the share of seeds that train."""
-    interval = scipy.stats.binomtest(int(trained.sum()), len(trained)).proportion_ci(method="wilson")
-    return Row(label, float(trained.mean()), float(interval.low), float(interval.high))
+    return Row(label, float(trained.mean()), *results.wilson(int(trained.sum()), len(trained)))
 
 
 def above(a: np.ndarray, b: np.ndarray) -> bool:

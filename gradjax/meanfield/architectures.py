@@ -1,5 +1,6 @@
 """What residual branches, BatchNorm, gates and finite width change."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -270,12 +271,10 @@ def _log_variance(orthogonal, act, layernorm, *numbers):
     return rate + 2 * drift * ef + jnp.square(drift) * ff
 
 
-def _log_variance_gaussian(*args):
-    return _log_variance(False, *args)
-
-
-def _log_variance_orthogonal(*args):
-    return _log_variance(True, *args)
+_RATES = {  # made once: `evaluate` compiles for each function anew
+    "gaussian": functools.partial(_log_variance, False),
+    "orthogonal": functools.partial(_log_variance, True),
+}
 
 
 def log_variance(
@@ -303,9 +302,8 @@ def log_variance(
 
     References: Hanin & Nica 2018 (arXiv 1812.05994); the general rate was derived for this package.
     """
-    rates = {"gaussian": _log_variance_gaussian, "orthogonal": _log_variance_orthogonal}
-    if weights not in rates:
-        raise ValueError(f"meanfield: got weights {weights!r}; the families are {', '.join(rates)}.")
+    if weights not in _RATES:
+        raise ValueError(f"meanfield: got weights {weights!r}; the families are {', '.join(_RATES)}.")
     if not len(widths) or min(widths) < 1:
         raise ValueError(f"meanfield: got widths {tuple(widths)}; every layer needs at least one unit.")
-    return evaluate(rates[weights], sigma_w, sigma_b, activation, **network) * sum(1.0 / n for n in widths)
+    return evaluate(_RATES[weights], sigma_w, sigma_b, activation, **network) * sum(1.0 / n for n in widths)
