@@ -5,9 +5,9 @@
 
 The network is that of a config (default: 20 ReLU layers at 1.41 times He's scale, whose gradient grows by a factor of
 700 on its way back). Every optimiser is trained at learning rates of its own, with clip_by_global_norm at `--max-norm`
-and without, over the same seeds and batches, and judged at the rate that is best by validation; a rate printed with `*`
-is at the end of its grid. Without clipping is a threshold that no norm reaches, so that both share a compiled program:
-one per optimiser.
+and without, over the same seeds and batches, and judged at the rate that is best by validation (an interval is that of
+one rate, not of the best of five); a rate printed with `*` is at the end of its grid. Without clipping is a threshold
+that no norm reaches, so that both share a compiled program: one per optimiser.
 
 L-BFGS measures secant pairs of one loss, so it takes the whole training split at every step and a tenth of the steps
 (each is 20 batches, times up to 20 evaluations of its line search); its direction is clipped, not its gradient.
@@ -89,6 +89,7 @@ def experiments(base: Experiment, names: Sequence[str], max_norm: float) -> dict
     found = {}
     for name in names:
         values: dict[str, Any] = {"optimizer.name": name, "optimizer.clipping": "clip_by_global_norm"}
+        values |= {"optimizer.momentum": None, "optimizer.b2": None}  # each its own
         if name == "lbfgs":
             steps = max(base.train.num_steps // 10, 1)
             values |= {"train.full_batch": True, "train.num_steps": steps, "train.eval_every": max(steps // 15, 1)}
@@ -114,18 +115,20 @@ def at_best(found: Mapping[tuple[str, str, float], xr.Dataset]) -> list[Result]:
 
 def print_table(found: Sequence[Result]) -> None:
     """Best first."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Nine optimisers at their best rates, best first", title_justify="left")
-    for heading in ("optimiser", "clipping", "rate", "seeds trained", "95% interval", "test accuracy", "steps", "lost"):
-        table.add_column(heading, justify="left" if heading in ("optimiser", "clipping") else "right")
+    title = "Optimisers at their best rates, best first"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
+    for heading in ("optimiser", "clipping", "rate", "trained", "95% interval", "test accuracy", "steps", "lost"):
+        table.add_column(heading, justify="left" if heading in ("optimiser", "clipping") else "right", no_wrap=True)
     for r in found:
         share, test, at = r.share, r.test, r.ds["trained_at"].values
         steps = f"{np.median(at[at >= 0]):.0f}" if (at >= 0).any() else "-"
         table.add_row(
             TITLES[r.name], "yes" if r.kind != "without" else "no", f"{r.rate:g}" + "*" * r.at_end,
-            f"{int(r.ds['trained'].sum())} of {r.ds.sizes['seed']}", f"{share.low:.0%} to {share.high:.0%}",
+            f"{int(r.ds['trained'].sum())}/{r.ds.sizes['seed']}", f"{share.low:.0%} to {share.high:.0%}",
             f"{test.value:.3f} ± {test.high - test.value:.3f}", steps, str(r.lost),
         )  # fmt: skip
     Console().print(table)
