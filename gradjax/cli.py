@@ -252,7 +252,8 @@ def _print_cure(summary, folder) -> None:
     for row in rows:
         low, high = row["share_interval"]
         cells = (f"{row['trained']}/{row['seeds']}", f"{low:.0%} to {high:.0%}", f"{row['score']:.3f}")
-        more = (f"{row['steps_to_target']:.0f}", f"{row['stability']:.2f}", f"{row['diverged']}")
+        steps = f"{row['steps_to_target']:.0f}" if row["steps_to_target"] > 0 else "-"
+        more = (steps, f"{row['stability']:.2f}", f"{row['diverged']}")
         style = "bold" if row["remedy"] == "untreated" else ""
         table.add_row(row["remedy"], *cells, *more, f"{1e3 * row['seconds_per_step']:.1f}", style=style)
     console.print(table)
