@@ -1,4 +1,4 @@
-"""The scripts of fifteen lines, run as a user runs them: healthy as they stand, sick where the model is made sick."""
+"""The scripts of fifteen lines, run as a user runs them, healthy and made sick; and the phase diagram."""
 
 import subprocess
 import sys
@@ -36,3 +36,10 @@ def test_the_same_script_with_forty_layers_is_sick():
     verdict = run("-c", text.replace("depth=3", "depth=40"))
     assert verdict.startswith("verdict: vanishing_gradients")
     assert "weights too small" in verdict
+
+
+@pytest.mark.slow
+def test_the_phase_diagram_is_drawn(tmp_path):
+    picture = tmp_path / "tanh.png"
+    said = run(str(SCRIPTS[0].parent / "phase_diagram.py"), str(picture), "--points", "6")
+    assert f"wrote {picture}" in said and picture.read_bytes().startswith(b"\x89PNG")
