@@ -246,12 +246,12 @@ def _print_cure(summary, folder) -> None:
     title = f"{len(rows) - 1} remedies, best first; {summary['programs']} programs compiled"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
     table.add_column("remedy", overflow="fold")  # of two remedies the name is long; numbers are shown whole
-    for heading in ("trained", "95% interval", "score", "steps", "σ", "lost", "ms"):
+    for heading in ("trained", "95% CI", "score", "steps", "σ", "lost", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.caption = "steps: to the target; σ: of the log gradient norm in training; ms: of a step of one seed"
     for row in rows:
         low, high = row["share_interval"]
-        cells = (f"{row['trained']}/{row['seeds']}", f"{low:.0%} to {high:.0%}", f"{row['score']:.3f}")
+        cells = (f"{row['trained']}/{row['seeds']}", f"{100 * low:.0f}-{high:.0%}", f"{row['score']:.3f}")
         steps = f"{row['steps_to_target']:.0f}" if row["steps_to_target"] > 0 else "-"
         more = (steps, f"{row['stability']:.2f}", f"{row['diverged']}")
         style = "bold" if row["remedy"] == "untreated" else ""

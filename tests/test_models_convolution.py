@@ -333,3 +333,13 @@ def test_communities(key):
     assert abs(inside - 0.5) < 0.02 and abs(edges[~np.asarray(same)].mean() - 0.05) < 0.01
     own, smooth = ((f.argmax(-1) == graphs.y).mean() for f in (features, adjacency @ features))
     assert 0.4 < own < 0.6 and smooth > own + 0.15
+
+
+def test_halves_meet_floats_alike():
+    """Images in bfloat16 and kernels in float32, as mixed precision has them, by either way."""
+    h = jax.random.normal(jax.random.key(0), (2, 6, 6, 3)).astype(jnp.bfloat16)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    with jax.numpy_dtype_promotion("standard"):
+        by_tiles, by_xla = tiled(h, kernel), direct(h, kernel)
+    assert by_tiles.dtype == by_xla.dtype == jnp.float32
+    np.testing.assert_allclose(by_tiles, by_xla, rtol=1e-5, atol=1e-5)

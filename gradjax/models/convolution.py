@@ -77,7 +77,8 @@ def convolve(h: Array, kernel: Array, stride: int = 1, padding: str = "same", po
 
 def direct(h: Array, kernel: Array, stride: int = 1) -> Array:
     """A valid convolution by XLA's own operation."""
-    batch = h.reshape(-1, *h.shape[-3:])
+    dtype = jnp.promote_types(h.dtype, kernel.dtype)
+    batch, kernel = h.astype(dtype).reshape(-1, *h.shape[-3:]), kernel.astype(dtype)
     z = lax.conv_general_dilated(batch, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return z.reshape(*h.shape[:-3], *z.shape[1:])
 

@@ -64,6 +64,7 @@ class FeedForward(nn.Module):
     """Two maps of every step by itself."""
 
     width: int
+    depth: int  # of the network, to which a tailored activation is tailored
     activation: str
     weights: str
     sigma_w: float | Array
@@ -75,7 +76,9 @@ class FeedForward(nn.Module):
         """(..., width) -> (..., width)."""
         scale = self.sigma_w * self.beta
         z = Dense(4 * self.width, self.weights, scale, self.sigma_b, name="up")(h)
-        return Dense(self.width, self.weights, scale, self.sigma_b, name="down")(Activation(self.activation)(z))
+        return Dense(self.width, self.weights, scale, self.sigma_b, name="down")(
+            Activation(self.activation, self.depth)(z)
+        )
 
 
 class Norm(nn.Module):
@@ -115,7 +118,7 @@ class Block(nn.Module):
         shared = {"weights": self.weights, "sigma_w": self.sigma_w, "sigma_b": self.sigma_b, "beta": beta}
         branches = {
             "attention": Attention(self.width, self.num_heads, self.causal, **shared, name="attention"),
-            "mlp": FeedForward(self.width, self.activation, **shared, name="mlp"),
+            "mlp": FeedForward(self.width, self.depth, self.activation, **shared, name="mlp"),
         }
         for name, branch in branches.items():
             norm = Norm(self.normalization, name=f"norm_{name}")
