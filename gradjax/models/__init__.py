@@ -6,7 +6,9 @@ A model is a module with
     model.links(variables, x, key=None) -> (h0, links)          run from h0 they give the logits (of the last step)
 
 whose fields are settings of `gradjax.config.Model` of the same names, and no other: what a model does not declare it
-does not take, and `unused` says so. `MODELS` is the one place that knows the names: name -> (module, fixed fields).
+does not take, and `unused` says so. Settings that it takes but not together it names in a static `refuses(settings)`,
+so that a config is refused before anything is compiled. `MODELS` is the one place that knows the names: name ->
+(module, fixed fields).
 Initialise on a real batch: `weights = "lsuv"` looks at it.
 """
 
