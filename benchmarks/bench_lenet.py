@@ -2,11 +2,12 @@
 
     python benchmarks/bench_lenet.py [--json] [--quick] [--write]
 
-One seed of `configs/lenet5_mnist.toml` (its batch size, Adam, ReLU), all on the same cores, rounds interleaved. Ours
-trains through the sweep's own program, with the guard against divergence and, after the epoch, validation and signals
-per layer, which PyTorch's loop lacks; the first round compiles and is not timed. Beside it a plain Optax loop on XLA's
-own convolutions and windowed maxima, as a user of Flax writes it. PyTorch's row needs it installed (`make bench`) and
-is else left out. The goal: at most 0.7 of PyTorch's time.
+One seed of `configs/lenet5_mnist.toml` (its batch size, Adam, ReLU), all on the same cores, rounds
+interleaved. Ours trains through the sweep's own program, with the guard against divergence and,
+after the epoch, validation and signals per layer, which PyTorch's loop lacks; the first round
+compiles and is not timed. Beside it a plain Optax loop on XLA's own convolutions and windowed
+maxima, as a user of Flax writes it. PyTorch's row needs it installed (`make bench`) and is else
+left out. The goal: at most 0.7 of PyTorch's time.
 """
 
 import argparse
@@ -26,9 +27,9 @@ import numpy as np
 import optax
 import report
 
-from gradjax import ablation, config, grid
-from gradjax.program import Compiler
-from gradjax.tasks import Split, Splits
+from gradjax.experiment import config, grid, sweep
+from gradjax.experiment.program import Compiler
+from gradjax.experiment.tasks import Split, Splits
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lenet5_mnist.toml"
 GOAL = 0.7  # of PyTorch's time
@@ -39,13 +40,20 @@ def data(examples: int) -> Splits:
     generator = np.random.default_rng(0)
     x = jnp.asarray(generator.standard_normal((examples + 512, 784), np.float32))
     y = jnp.asarray(generator.integers(0, 10, examples + 512), jnp.int32)
-    return Splits(*(Split(x[part], y[part]) for part in (slice(examples), slice(-512, -256), slice(-256, None))))
+    return Splits(
+        *(
+            Split(x[part], y[part])
+            for part in (slice(examples), slice(-512, -256), slice(-256, None))
+        )
+    )
 
 
 def ours(steps: int, splits: Splits):
     """A function that trains for an epoch and returns its seconds."""
-    base = config.replace(config.load(CONFIG), {"train.num_steps": steps, "train.eval_every": steps})
-    cell = ablation._cell(0, base, grid.grid(base), splits, Compiler())
+    base = config.replace(
+        config.load(CONFIG), {"train.num_steps": steps, "train.eval_every": steps}
+    )
+    cell = sweep._cell(0, base, grid.grid(base), splits, Compiler())
 
     def run() -> float:
         began = time.perf_counter()
@@ -76,7 +84,9 @@ def flax_loop(steps: int, batch: int, splits: Splits):
 
     @jax.jit
     def step(params, state, x, y):
-        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(model.apply(p, x), y).mean()
+        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(p, x), y
+        ).mean()
         updates, state = tx.update(jax.grad(loss)(params), state)
         return optax.apply_updates(params, updates), state
 
@@ -97,7 +107,10 @@ def torch_loop(steps: int, batch: int, splits: Splits):
     import torch
     from torch import nn
 
-    x, y = torch.tensor(np.asarray(splits.train.x)), torch.tensor(np.asarray(splits.train.y), dtype=torch.long)
+    x, y = (
+        torch.tensor(np.asarray(splits.train.x)),
+        torch.tensor(np.asarray(splits.train.y), dtype=torch.long),
+    )
     x = x.reshape(-1, 1, 28, 28)
 
     def run() -> float:
@@ -121,18 +134,25 @@ def torch_loop(steps: int, batch: int, splits: Splits):
 def lines(out: dict, about: dict) -> list[str]:
     """The section of RESULTS.md."""
     said = f"`python benchmarks/bench_lenet.py`: {report.in_words(about)}. Medians of rounds; ours includes validation,"
-    found = ["## LeNet-5: an epoch of MNIST\n", f"{said} signals per layer and the divergence guard.\n"]
+    found = [
+        "## LeNet-5: an epoch of MNIST\n",
+        f"{said} signals per layer and the divergence guard.\n",
+    ]
     found += ["| program | s | ours over it | goal |", "|---|---|---|---|"]
     for name, seconds in out["seconds"].items():
         over, goal = out["ours_over"].get(name), out["goals"].get(name)
         met = "" if goal is None else f"{goal}: {'yes' if over <= goal else '**no**'}"
-        found.append(f"| {name.replace('_', ' ')} | {seconds} | {'' if over is None else over} | {met} |")
+        found.append(
+            f"| {name.replace('_', ' ')} | {seconds} | {'' if over is None else over} | {met} |"
+        )
     return found
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--quick", action="store_true", help="a tenth of an epoch, one round")
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
@@ -158,15 +178,27 @@ def main() -> None:
         "batch": batch,
         "seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
         "ours_over": {
-            name: round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds[name], strict=True)), 3)
+            name: round(
+                statistics.median(
+                    a / b for a, b in zip(seconds["ours"], seconds[name], strict=True)
+                ),
+                3,
+            )
             for name in peers
         },
         "goals": {"torch_loop": GOAL},
     }
     if options.write:
         peer = {"PyTorch": importlib.metadata.version("torch")} if "torch_loop" in peers else {}
-        report.write("bench_lenet", lines(out, report.machine(examples=examples, batch=batch, rounds=rounds, **peer)))
-    print(json.dumps(out, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in out.items()))
+        report.write(
+            "bench_lenet",
+            lines(out, report.machine(examples=examples, batch=batch, rounds=rounds, **peer)),
+        )
+    print(
+        json.dumps(out, indent=2)
+        if options.json
+        else "\n".join(f"{k}: {v}" for k, v in out.items())
+    )
 
 
 if __name__ == "__main__":

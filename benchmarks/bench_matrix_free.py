@@ -1,12 +1,15 @@
-"""The top 16 singular values of a wide network's Jacobian, against matfree, scipy and torch; what a block costs.
+"""The top 16 singular values of a wide network's Jacobian, against matfree, scipy and torch; what a
+block costs.
 
-All peers of this process get the linearised network (its derivatives stored), interleaved; a ratio is the median over
-rounds against matfree's bidiagonalisation with 64 products, which reaches 1e-6. Ours gets the network itself and pays
-for its linearisation. torch runs in a process of its own and is left out with a note where it is not installed.
+All peers of this process get the linearised network (its derivatives stored), interleaved; a ratio
+is the median over rounds against matfree's bidiagonalisation with 64 products, which reaches 1e-6.
+Ours gets the network itself and pays for its linearisation. torch runs in a process of its own and
+is left out with a note where it is not installed.
 
     python benchmarks/bench_matrix_free.py [--quick] [--json] [--write]
 
-`--write` puts the Markdown table into benchmarks/RESULTS.md. Two cores: about 2 minutes; --quick: half a minute.
+`--write` puts the Markdown table into benchmarks/RESULTS.md. Two cores: about 2 minutes; --quick:
+half a minute.
 """
 
 import os
@@ -42,7 +45,11 @@ def network(n, depth):
     """(weights, input, phi' of every layer)."""
     weights = GAIN / n**0.5 * jax.random.normal(jax.random.key(0), (depth, n, n))
     h0 = jax.random.normal(jax.random.key(1), (n,))
-    return weights, h0, lax.scan(lambda h, w: (tanh_step(h, w), 1 - tanh_step(h, w) ** 2), h0, weights)[1]
+    return (
+        weights,
+        h0,
+        lax.scan(lambda h, w: (tanh_step(h, w), 1 - tanh_step(h, w) ** 2), h0, weights)[1],
+    )
 
 
 def product(v, weights, slopes):
@@ -51,7 +58,9 @@ def product(v, weights, slopes):
 
 
 there = jax.jit(product)
-back = jax.jit(lambda u, weights, slopes: jax.linear_transpose(lambda v: product(v, weights, slopes), u)(u)[0])
+back = jax.jit(
+    lambda u, weights, slopes: jax.linear_transpose(lambda v: product(v, weights, slopes), u)(u)[0]
+)
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "num_iters"))
@@ -74,7 +83,9 @@ def svds(forward, backward, n):
         rmatvec=lambda u: np.asarray(backward(u.reshape(-1))),
         dtype=np.float32,
     )
-    return np.log(np.sort(scipy.sparse.linalg.svds(operator, k=K, rng=np.random.default_rng(0))[1])[::-1])
+    return np.log(
+        np.sort(scipy.sparse.linalg.svds(operator, k=K, rng=np.random.default_rng(0))[1])[::-1]
+    )
 
 
 def interleave(functions, rounds):
@@ -94,7 +105,15 @@ def top(n, depth, rounds):
     key = jax.random.key(2)
     values, residual, *_ = ours(weights, h0, jax.random.key(3), block_size=2 * K, num_iters=9)
     exact = np.asarray(values, np.float64)
-    found = [row("reference: 32 rows, 9 iterations, largest residual", float(jnp.max(residual)), None, "", "")]
+    found = [
+        row(
+            "reference: 32 rows, 9 iterations, largest residual",
+            float(jnp.max(residual)),
+            None,
+            "",
+            "",
+        )
+    ]
     one = lambda v: there(v, weights, slopes)
     back_one = lambda u: back(u, weights, slopes)
     base = "matfree bidiagonalisation, k=64"
@@ -102,12 +121,16 @@ def top(n, depth, rounds):
         base: lambda: bidiagonalisation(h0, weights, slopes, num_matvecs=64)[0],
         "ours: 16 rows, 6 iterations (the default)": lambda: ours(weights, h0, key),
         "ours: 24 rows, 4 iterations": lambda: ours(weights, h0, key, block_size=24, num_iters=4),
-        "matfree bidiagonalisation, k=32": lambda: bidiagonalisation(h0, weights, slopes, num_matvecs=32)[0],
+        "matfree bidiagonalisation, k=32": lambda: bidiagonalisation(
+            h0, weights, slopes, num_matvecs=32
+        )[0],
         "scipy svds": lambda: svds(one, back_one, n),
     }
     seconds, returned = interleave(todo, rounds)
     for name, out in returned.items():
-        error = np.abs(np.asarray(out[0] if isinstance(out, tuple) else out, np.float64) - exact).max()
+        error = np.abs(
+            np.asarray(out[0] if isinstance(out, tuple) else out, np.float64) - exact
+        ).max()
         note = f"largest relative error {error:.1e}"
         if isinstance(out, tuple):
             note += f", largest residual^2 {float(jnp.max(out[1])) ** 2:.1e}"
@@ -128,7 +151,9 @@ def block_cost(n, depth, rounds):
         block = jax.random.normal(jax.random.key(size), (size, n))
         for transpose in (False, True):
 
-            def run(w, h, b, t=transpose):  # twice, so that the linearisation is not in the difference
+            def run(
+                w, h, b, t=transpose
+            ):  # twice, so that the linearisation is not in the difference
                 links = blocks.linearize(tanh_step, h, w)[0]
                 return blocks.apply(links, blocks.apply(links, b, transpose=t)[0], transpose=t)[0]
 
@@ -139,9 +164,17 @@ def block_cost(n, depth, rounds):
     )
     todo["one vector"] = functools.partial(there, h0, weights, slopes)
     seconds, _ = interleave(todo, rounds)
-    unit, base, whole = "x J v of one vector", seconds.pop("one vector"), seconds.pop("linearisation")
-    found = [row(f"linearisation, N={n}, L={depth}", float(np.median(whole / base)), None, "", unit)]
-    return found + [row(k, float(np.median((x - whole) / 2 / base)), None, "", unit) for k, x in seconds.items()]
+    unit, base, whole = (
+        "x J v of one vector",
+        seconds.pop("one vector"),
+        seconds.pop("linearisation"),
+    )
+    found = [
+        row(f"linearisation, N={n}, L={depth}", float(np.median(whole / base)), None, "", unit)
+    ]
+    return found + [
+        row(k, float(np.median((x - whole) / 2 / base)), None, "", unit) for k, x in seconds.items()
+    ]
 
 
 TORCH = """
@@ -166,15 +199,28 @@ def torch_peer(n, depth, milliseconds):
     name = "torch jacrev + svd_lowrank (q=32, niter=2)"
     if importlib.util.find_spec("torch") is None:
         return [row(name, None, None, "torch is not installed here (make bench installs it)", "")]
-    done = subprocess.run([sys.executable, "-c", TORCH, str(n), str(depth)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH, str(n), str(depth)], capture_output=True, text=True
+    )
     if done.returncode:
         return [row(name, None, None, f"failed: {done.stderr.strip().splitlines()[-1]}")]
-    return [row(name, 1e3 * float(done.stdout.split()[-1]) / milliseconds, None, "its own process", "x matfree k=64")]
+    return [
+        row(
+            name,
+            1e3 * float(done.stdout.split()[-1]) / milliseconds,
+            None,
+            "its own process",
+            "x matfree k=64",
+        )
+    ]
 
 
 def markdown(rows, about, seconds):
     lines = ["## Top singular values, matrix-free", "", f"{about}; {seconds:.0f} s in all.", ""]
-    lines += ["Times are medians of ratios over interleaved rounds; errors are against a larger Krylov space.", ""]
+    lines += [
+        "Times are medians of ratios over interleaved rounds; errors are against a larger Krylov space.",
+        "",
+    ]
     lines += ["| what | value | goal | met | note |", "|---|---|---|---|---|"]
     for r in rows:
         value = "-" if r["value"] is None else f"{r['value']:.2g} {r['unit']}".strip()

@@ -1,12 +1,13 @@
 """The spectrum of the layer product against the least work that forms the product at all.
 
-Floor: a `lax.scan` of L float32 N x N matrix products, in the same process. Rows are measured interleaved with their
-floor, and a ratio is the median over rounds, so that a busy machine disturbs both alike. Peers run in processes of
-their own; one that is not installed is left out with a note.
+Floor: a `lax.scan` of L float32 N x N matrix products, in the same process. Rows are measured
+interleaved with their floor, and a ratio is the median over rounds, so that a busy machine disturbs
+both alike. Peers run in processes of their own; one that is not installed is left out with a note.
 
     python benchmarks/bench_spectrum.py [--quick] [--json] [--write]
 
-`--write` puts the Markdown table into benchmarks/RESULTS.md. Two cores: about 6 minutes; --quick: 1.
+`--write` puts the Markdown table into benchmarks/RESULTS.md. Two cores: about 6 minutes; --quick:
+1.
 """
 
 import os
@@ -30,13 +31,18 @@ import numpy as np
 import report
 from jax import lax
 
-from gradjax import grading, spectrum
+from gradjax import spectrum
+from gradjax.spectrum import grading
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("GRADJAX_DATA_DIR", HERE.parents[1] / "shared" / "data"))
 DEPTH = 128
 # kind, gain, tolerance, goal in floors
-NETWORKS = [("orthogonal", 1.0, 1e-5, 1.5), ("orthogonal", 1.0, 1e-6, 2.2), ("gaussian", 1.0, 1e-6, 4.5)]
+NETWORKS = [
+    ("orthogonal", 1.0, 1e-5, 1.5),
+    ("orthogonal", 1.0, 1e-6, 2.2),
+    ("gaussian", 1.0, 1e-6, 4.5),
+]
 NETWORKS += [("gaussian", 1.5, 1e-6, 4.5)]
 
 
@@ -49,7 +55,9 @@ def network(kind, gain, depth, n, seed):
     """(weights, layer Jacobians, input) of a tanh network."""
     keys = jax.random.split(jax.random.key(seed), depth)
     initial = (
-        jax.nn.initializers.orthogonal(gain) if kind == "orthogonal" else jax.nn.initializers.normal(gain / n**0.5)
+        jax.nn.initializers.orthogonal(gain)
+        if kind == "orthogonal"
+        else jax.nn.initializers.normal(gain / n**0.5)
     )
     weights = lax.map(lambda key: initial(key, (n, n)), keys)
     h0 = jax.random.normal(jax.random.key(seed + 1000), (n,))
@@ -63,14 +71,18 @@ def network(kind, gain, depth, n, seed):
 
 @jax.jit
 def floor(factors):
-    """L float32 products; over a leading axis of networks, if there is one, one network after another."""
+    """L float32 products; over a leading axis of networks, if there is one, one network after
+    another.
+    """
     one = lambda w: lax.scan(lambda j, x: (x @ j, None), jnp.eye(w.shape[-1], dtype=w.dtype), w)[0]
     return lax.map(one, factors) if factors.ndim == 4 else one(factors)
 
 
 @jax.jit
 def batched_floor(factors):
-    start = jnp.broadcast_to(jnp.eye(factors.shape[-1], dtype=factors.dtype), (factors.shape[0], *factors.shape[2:]))
+    start = jnp.broadcast_to(
+        jnp.eye(factors.shape[-1], dtype=factors.dtype), (factors.shape[0], *factors.shape[2:])
+    )
     return lax.scan(lambda j, w: (w @ j, None), start, jnp.swapaxes(factors, 0, 1))[0]
 
 
@@ -93,12 +105,17 @@ def interleave(base, functions, rounds):
             jax.block_until_ready(f())
             times[name].append(time.perf_counter() - start)
     base_times = np.array(times.pop("base"))
-    return {k: float(np.median(np.array(v) / base_times)) for k, v in times.items()}, float(np.median(base_times) * 1e3)
+    return {k: float(np.median(np.array(v) / base_times)) for k, v in times.items()}, float(
+        np.median(base_times) * 1e3
+    )
 
 
 def row(what, value, goal=None, note="", unit="floors"):
     met = None if goal is None or value is None else bool(value <= goal)
-    print(f"  {what:62s} {value if value is None else format(value, '.3g')} {unit}  goal {goal}  {note}", flush=True)
+    print(
+        f"  {what:62s} {value if value is None else format(value, '.3g')} {unit}  goal {goal}  {note}",
+        flush=True,
+    )
     return {"what": what, "value": value, "unit": unit, "goal": goal, "met": met, "note": note}
 
 
@@ -113,16 +130,22 @@ def accuracy(quick):
             traced = jax.jit(spectrum.log_singular_values)(jnp.asarray(factors))
             perturbed = np.abs(data[f"{case}_pert"] - exact).max()
             note = f"perturbing the factors by 2^-24: {perturbed:.1e}; blocks {info.blocks}, rejects {info.rejects}"
-            rows.append(row(f"error, {case}", float(np.abs(values - exact).max()), 1e-6, note, "nats"))
+            rows.append(
+                row(f"error, {case}", float(np.abs(values - exact).max()), 1e-6, note, "nats")
+            )
             error = float(np.abs(np.asarray(traced) - exact).max())
-            rows.append(row(f"error, {case}, float32 on tracers", error, float(10 * perturbed), "", "nats"))
+            rows.append(
+                row(f"error, {case}, float32 on tracers", error, float(10 * perturbed), "", "nats")
+            )
     for n in (64,) if quick else (64, 256, 512):
         rng = np.random.default_rng(n)
         q = [np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(61)]
         logs = np.linspace(690.8 / 2, -690.8 / 2, n) / 60 + 0.3 * rng.standard_normal((60, n))
         factors = np.stack([q[i + 1] * np.exp(d) @ q[i].T for i, d in enumerate(logs)])
         error = np.abs(spectrum.log_singular_values(factors) - -np.sort(-logs.sum(0))).max()
-        rows.append(row(f"error, built to condition 1e300, N={n}, L=60", float(error), 1e-6, "", "nats"))
+        rows.append(
+            row(f"error, built to condition 1e300, N={n}, L=60", float(error), 1e-6, "", "nats")
+        )
     return rows
 
 
@@ -134,7 +157,9 @@ def speed(quick):
             weights, jacobians, h0 = network(kind, gain, DEPTH, n, 0)
             where = f"{kind} tanh g={gain}, N={n}, L={DEPTH}, tol {tol:.0e}"
             of_factors = lambda j=jacobians, t=tol: spectrum.log_singular_values(j, tol=t)
-            of_step = lambda w=weights, h=h0, t=tol: spectrum.jacobian_spectrum(tanh_step, h, w, tol=t)
+            of_step = lambda w=weights, h=h0, t=tol: spectrum.jacobian_spectrum(
+                tanh_step, h, w, tol=t
+            )
             todo = {"factors": of_factors, "step": of_step}
             if tol == 1e-6:
                 todo["naive"] = lambda w=weights, h=h0: naive(h, w)
@@ -149,21 +174,27 @@ def speed(quick):
                 error = np.abs(np.asarray(naive(h0, weights), float) - values)
                 note = "noise" if not error.max() < 0.1 else ""
                 note = f"max error {error.max():.1e} nats {note}"
-                rows.append(row(f"jax.jacrev + SVD in float32: {where}", found["naive"], None, note))
+                rows.append(
+                    row(f"jax.jacrev + SVD in float32: {where}", found["naive"], None, note)
+                )
                 rows.append(row(f"finish alone: {where}", found["finish"], 0.4))
     return rows
 
 
 def finish_of(jacobians, tol):
     """Grading and windows of a sweep that is done."""
-    from gradjax import product
+    from gradjax.spectrum import product
 
     with jax.enable_x64(True):
         depth, n = jacobians.shape[:2]
         layer = lambda w: lambda carry, i: (carry, w[i])
-        sweep = jax.jit(lambda w: product.sweep(layer(w), (), depth, n, tol=jnp.asarray(tol), dtype=w.dtype))
+        sweep = jax.jit(
+            lambda w: product.sweep(layer(w), (), depth, n, tol=jnp.asarray(tol), dtype=w.dtype)
+        )
         done = jax.block_until_ready(sweep(jacobians))
-        grade = jax.jit(lambda p: jax.tree.map(lambda x: x[None], grading.finish(p, grading.passes(tol))))
+        grade = jax.jit(
+            lambda p: jax.tree.map(lambda x: x[None], grading.finish(p, grading.passes(tol)))
+        )
 
     def run():
         with jax.enable_x64(True):
@@ -176,10 +207,15 @@ def batch(quick):
     rows = []
     for kind, gain in (("orthogonal", 1.0), ("gaussian", 1.0), ("gaussian", 1.5)):
         factors = jnp.stack([network(kind, gain, 32, 64, seed)[1] for seed in range(16)])
-        todo = {"spectrum": lambda j=factors: spectrum.log_singular_values(j), "map": lambda j=factors: floor(j)}
+        todo = {
+            "spectrum": lambda j=factors: spectrum.log_singular_values(j),
+            "map": lambda j=factors: floor(j),
+        }
         found, ms = interleave(lambda j=factors: batched_floor(j), todo, 9)
         note = f"batched floor {ms:.1f} ms, one network after another {found['map']:.2f} of it"
-        rows.append(row(f"batch of 16, {kind} tanh g={gain}, N=64, L=32", found["spectrum"], 4.0, note))
+        rows.append(
+            row(f"batch of 16, {kind} tanh g={gain}, N=64, L=32", found["spectrum"], 4.0, note)
+        )
     return rows
 
 
@@ -205,10 +241,14 @@ print(seconds, peak, chi2.sf((z**2).sum(), n), np.sqrt((z**2).mean()), float(fou
 
 def deep(quick):
     n, depth = (64, 2000) if quick else (256, 10_000)
-    done = subprocess.run([sys.executable, "-c", DEEP, str(n), str(depth)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DEEP, str(n), str(depth)], capture_output=True, text=True, check=True
+    )
     seconds, peak, p, rms, spread = map(float, done.stdout.split()[-5:])
     where = f"depth {depth}, N={n}, keys as thetas"
-    note = f"Newman's exponents: chi-squared p = {p:.3f} (rms z {rms:.2f}), spread {spread:.0f} nats"
+    note = (
+        f"Newman's exponents: chi-squared p = {p:.3f} (rms z {rms:.2f}), spread {spread:.0f} nats"
+    )
     return [
         row(f"{where}: seconds with compilation", seconds, None, note, "s"),
         row(f"{where}: peak memory of the process", peak, 1024.0, "", "MiB"),
@@ -247,12 +287,24 @@ print(sorted(times)[1], bool(torch.isfinite(run()).all()))
 
 def torch_peer(quick):
     if importlib.util.find_spec("torch") is None:
-        return [row("torch jacrev + svdvals", None, None, "torch is not installed here (make bench installs it)")]
+        return [
+            row(
+                "torch jacrev + svdvals",
+                None,
+                None,
+                "torch is not installed here (make bench installs it)",
+            )
+        ]
     rows = []
     for n in (128,) if quick else (256, 512):
         for kind, gain in (("orthogonal", 1.0), ("gaussian", 1.5)):
             arguments = [str(n), str(DEPTH), str(gain), kind]
-            done = subprocess.run([sys.executable, "-c", TORCH, *arguments], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", TORCH, *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             seconds, finite = done.stdout.split()[-2:]
             weights, _, h0 = network(kind, gain, DEPTH, n, 0)
             jax.block_until_ready(spectrum.jacobian_spectrum(tanh_step, h0, weights))
@@ -262,7 +314,13 @@ def torch_peer(quick):
             note = f"torch {1e3 * float(seconds):.0f} ms, its values finite: {finite}"
             goal = 0.4 if kind == "orthogonal" else 1.0
             rows.append(
-                row(f"over torch jacrev + svdvals: {kind} g={gain}, N={n}", ours / float(seconds), goal, note, "x")
+                row(
+                    f"over torch jacrev + svdvals: {kind} g={gain}, N={n}",
+                    ours / float(seconds),
+                    goal,
+                    note,
+                    "x",
+                )
             )
     return rows
 

@@ -1,10 +1,12 @@
-"""Seeds x steps per second of an ensemble: PyTorch one by one, torch.func.vmap, JAX one by one, and `gradjax.sweep`.
+"""Seeds x steps per second of an ensemble: PyTorch one by one, torch.func.vmap, JAX one by one, and
+`gradjax.sweep`.
 
     python benchmarks/bench_sweep.py [--json] [--quick]
 
-S = 32 seeds of the 784-256-10 and the 20 x 128 ReLU MLP, batch 128, Adam, all on the same cores. Ours trains through
-the sweep's own blocks and workers, with validation, signals per layer and the guard against divergence that the peers
-lack; the first run compiles and is not timed. PyTorch's rows need it installed (`make bench`) and are else left out.
+S = 32 seeds of the 784-256-10 and the 20 x 128 ReLU MLP, batch 128, Adam, all on the same cores.
+Ours trains through the sweep's own blocks and workers, with validation, signals per layer and the
+guard against divergence that the peers lack; the first run compiles and is not timed. PyTorch's
+rows need it installed (`make bench`) and are else left out.
 """
 
 import argparse
@@ -21,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradjax import ablation, config, grid
-from gradjax.program import Compiler
-from gradjax.tasks import Split, Splits
+from gradjax.experiment import config, grid, sweep
+from gradjax.experiment.program import Compiler
+from gradjax.experiment.tasks import Split, Splits
 
 NETWORKS = {"784-256-10": (1, 256), "20 x 128": (20, 128)}
 BATCH, EXAMPLES = 128, 12_800
@@ -34,21 +36,36 @@ def data() -> Splits:
     generator = np.random.default_rng(0)
     x = jnp.asarray(generator.standard_normal((EXAMPLES + 512, 784), np.float32))
     y = jnp.asarray(generator.integers(0, 10, EXAMPLES + 512), jnp.int32)
-    return Splits(*(Split(x[part], y[part]) for part in (slice(EXAMPLES), slice(-512, -256), slice(-256, None))))
+    return Splits(
+        *(
+            Split(x[part], y[part])
+            for part in (slice(EXAMPLES), slice(-512, -256), slice(-256, None))
+        )
+    )
 
 
 def experiment(network: str, seeds: int, steps: int) -> config.Experiment:
     """The network as a config."""
     depth, width = NETWORKS[network]
-    values = {"model.depth": depth, "model.width": width, "model.activation": "relu", "model.sigma_w": 2**0.5}
-    values |= {"model.sigma_b": 0.0, "task.batch_size": BATCH, "train.num_seeds": seeds, "train.num_steps": steps}
+    values = {
+        "model.depth": depth,
+        "model.width": width,
+        "model.activation": "relu",
+        "model.sigma_w": 2**0.5,
+    }
+    values |= {
+        "model.sigma_b": 0.0,
+        "task.batch_size": BATCH,
+        "train.num_seeds": seeds,
+        "train.num_steps": steps,
+    }
     return config.replace(config.Experiment(), values | {"train.eval_every": steps})
 
 
 def ours(network: str, seeds: int, steps: int, splits: Splits):
     """A function that trains all seeds and returns seeds x steps per second; and the plan."""
     base = experiment(network, seeds, steps)
-    cell = ablation._cell(0, base, grid.grid(base), splits, Compiler())
+    cell = sweep._cell(0, base, grid.grid(base), splits, Compiler())
 
     def run() -> float:
         began = time.perf_counter()
@@ -59,8 +76,10 @@ def ours(network: str, seeds: int, steps: int, splits: Splits):
 
 
 def jax_one_by_one(network: str, seeds: int, steps: int, splits: Splits):
-    """A plain Optax loop as a user writes it: one seed, one jitted step, one batch from the host at a time."""
-    from gradjax import models
+    """A plain Optax loop as a user writes it: one seed, one jitted step, one batch from the host at
+    a time.
+    """
+    from gradjax.experiment import models
 
     base = experiment(network, seeds, steps)
     model, tx = models.build(base.model, 10), optax.adam(1e-3)
@@ -69,7 +88,9 @@ def jax_one_by_one(network: str, seeds: int, steps: int, splits: Splits):
 
     @jax.jit
     def step(params, state, x, y):
-        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(model.apply(p, x), y).mean()
+        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(p, x), y
+        ).mean()
         updates, state = tx.update(jax.grad(loss)(params), state)
         return optax.apply_updates(params, updates), state
 
@@ -100,7 +121,10 @@ def torch_one_by_one(network: str, steps: int, splits: Splits):
     """PyTorch eager, one seed."""
     import torch
 
-    x, y = torch.tensor(np.asarray(splits.train.x)), torch.tensor(np.asarray(splits.train.y), dtype=torch.long)
+    x, y = (
+        torch.tensor(np.asarray(splits.train.x)),
+        torch.tensor(np.asarray(splits.train.y), dtype=torch.long),
+    )
 
     def run() -> float:
         model = torch_network(network)
@@ -121,7 +145,10 @@ def torch_ensemble(network: str, seeds: int, steps: int, splits: Splits):
     import torch
     from torch.func import functional_call, grad, stack_module_state, vmap
 
-    x, y = torch.tensor(np.asarray(splits.train.x)), torch.tensor(np.asarray(splits.train.y), dtype=torch.long)
+    x, y = (
+        torch.tensor(np.asarray(splits.train.x)),
+        torch.tensor(np.asarray(splits.train.y), dtype=torch.long),
+    )
     models = [torch_network(network) for _ in range(seeds)]
     base = torch_network(network).to("meta")
 
@@ -147,7 +174,9 @@ def torch_ensemble(network: str, seeds: int, steps: int, splits: Splits):
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--quick", action="store_true", help="8 seeds, one round")
     options = parser.parse_args()
@@ -167,16 +196,25 @@ def main() -> None:
                 if turn:
                     speeds[name].append(speed)
         ratios = {
-            name: statistics.median(a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)) for name in peers
+            name: statistics.median(
+                a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)
+            )
+            for name in peers
         }
         out[network] = {
             "seeds": seeds,
             "plan": plan,
-            "seeds_x_steps_per_second": {name: round(statistics.median(v), 1) for name, v in speeds.items()},
+            "seeds_x_steps_per_second": {
+                name: round(statistics.median(v), 1) for name, v in speeds.items()
+            },
             "ours_over": {name: round(value, 2) for name, value in ratios.items()},
             "goals": {"torch_one_by_one": 8, "torch_func_vmap": 2.5},
         }
-    print(json.dumps(out, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in out.items()))
+    print(
+        json.dumps(out, indent=2)
+        if options.json
+        else "\n".join(f"{k}: {v}" for k, v in out.items())
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What a probe of 100 layers costs: its time and temporary memory over those of one gradient, and compile times.
+"""What a probe of 100 layers costs: its time and temporary memory over those of one gradient, and
+compile times.
 
     python benchmarks/bench_taps.py [--quick] [--json] [--write]
 
-A Linen MLP, 100 x 128, tanh, batch 128, unrolled and as `nn.scan`, float32. `probe` returns every value and cotangent;
-`examination` is the program of `gradjax.diagnose`, which returns their statistics and is compiled to compile fast. All
-programs run in one process, interleaved in random order; every ratio is of two times of one round.
+A Linen MLP, 100 x 128, tanh, batch 128, unrolled and as `nn.scan`, float32. `probe` returns every
+value and cotangent; `examination` is the program of `gradjax.diagnose`, which returns their
+statistics and is compiled to compile fast. All programs run in one process, interleaved in random
+order; every ratio is of two times of one round.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradjax import probe
-from gradjax.evidence import Examination
+from gradjax.diagnosis.evidence import Examination
 
 GOALS = {"probe": 3.0}
 WIDTH, BATCH = 128, 128
@@ -112,8 +114,15 @@ def rows(ready, times):
         processor = {n: [t[1] for t in each] for n, each in times.items()}
         over, goal = report.ratio(clock[name], clock["gradient"]), GOALS.get(name)
         row = {"program": name, "ms": 1e3 * statistics.median(clock[name]), "over_gradient": over}
-        row |= {"processor_time_over_gradient": report.ratio(processor[name], processor["gradient"])}
-        row |= {"trace_seconds": trace, "compile_seconds": compile_, "temporary_mib": temporary, "output_mib": output}
+        row |= {
+            "processor_time_over_gradient": report.ratio(processor[name], processor["gradient"])
+        }
+        row |= {
+            "trace_seconds": trace,
+            "compile_seconds": compile_,
+            "temporary_mib": temporary,
+            "output_mib": output,
+        }
         row |= {"goal": goal, "reached": None if goal is None else over["median"] <= goal}
         found.append(row)
     return found
@@ -149,10 +158,17 @@ def show(model, found, console):
 
 
 def write(result, about):
-    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
+    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have
+    theirs.
+    """
     said = report.in_words(about)
-    lines = ["## Values and cotangents of every layer\n", f"`python benchmarks/bench_taps.py`: Linen MLP, {said}."]
-    lines[-1] += " Ratios of times of one round: median [quartiles]; a probe returns every value and cotangent.\n"
+    lines = [
+        "## Values and cotangents of every layer\n",
+        f"`python benchmarks/bench_taps.py`: Linen MLP, {said}.",
+    ]
+    lines[-1] += (
+        " Ratios of times of one round: median [quartiles]; a probe returns every value and cotangent.\n"
+    )
     for model, found in result.items():
         lines += [f"**{model}**\n", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(cells(row, 'yes', '**no**'))} |" for row in found] + [""]
@@ -162,7 +178,9 @@ def write(result, about):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="20 layers, fewer rounds")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of tables"
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per model")
     args = parser.parse_args()

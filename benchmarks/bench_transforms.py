@@ -1,10 +1,12 @@
-"""What each rule costs: the time of a scanned training step with it, over the same step without, and over Optax's rule.
+"""What each rule costs: the time of a scanned training step with it, over the same step without,
+and over Optax's rule.
 
     python benchmarks/bench_transforms.py [--quick | --all] [--json] [--write]
 
-Models: a 20 x 128 MLP (scanned, so its layers are stacked leaves), LeNet-5 and a two-block transformer, Adam, float32.
-All variants run in one process, interleaved in random order; every ratio is of two times of one round, and the median
-over rounds is printed with the quartiles. Ratios below 1 are noise, or a lucky fusion.
+Models: a 20 x 128 MLP (scanned, so its layers are stacked leaves), LeNet-5 and a two-block
+transformer, Adam, float32. All variants run in one process, interleaved in random order; every
+ratio is of two times of one round, and the median over rounds is printed with the quartiles. Ratios
+below 1 are noise, or a lucky fusion.
 """
 
 import argparse
@@ -48,7 +50,11 @@ def cross_entropy(logits, labels):
 def mlp(key, depth=20, width=128, batch=128):
     keys = jax.random.split(key, 4)
     layers = {"w": dense(keys[0], depth, width, width), "b": jnp.zeros((depth, width))}
-    params = {"layers": layers, "in": dense(keys[1], 64, width), "out": dense(keys[2], width, 10) * 0.1}
+    params = {
+        "layers": layers,
+        "in": dense(keys[1], 64, width),
+        "out": dense(keys[2], width, 10) * 0.1,
+    }
 
     def loss(params, data):
         x, labels = data
@@ -62,14 +68,23 @@ def mlp(key, depth=20, width=128, batch=128):
 def patches(x, size):
     """(batch, h, w, c) -> (batch, h', w', size * size * c): a convolution as one matrix product."""
     h, w = x.shape[1] - size + 1, x.shape[2] - size + 1
-    return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)], axis=-1)
+    return jnp.concatenate(
+        [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)], axis=-1
+    )
 
 
 def lenet5(key, batch=128):
     keys = jax.random.split(key, 6)
-    shapes = {"conv1": (25, 6), "conv2": (150, 16), "dense1": (256, 120), "dense2": (120, 84), "dense3": (84, 10)}
+    shapes = {
+        "conv1": (25, 6),
+        "conv2": (150, 16),
+        "dense1": (256, 120),
+        "dense2": (120, 84),
+        "dense3": (84, 10),
+    }
     params = {
-        n: {"w": dense(k, *s), "b": jnp.zeros(s[-1])} for k, (n, s) in zip(keys[:-1], shapes.items(), strict=True)
+        n: {"w": dense(k, *s), "b": jnp.zeros(s[-1])}
+        for k, (n, s) in zip(keys[:-1], shapes.items(), strict=True)
     }
     affine = lambda p, x: x @ p["w"] + p["b"]
     pool = lambda x: x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).mean((2, 4))
@@ -80,7 +95,9 @@ def lenet5(key, batch=128):
             x = pool(jnp.tanh(affine(params[name], patches(x, 5))))
         x = x.reshape(x.shape[0], -1)
         x = jnp.tanh(affine(params["dense1"], x))
-        return cross_entropy(affine(params["dense3"], jnp.tanh(affine(params["dense2"], x))), labels)
+        return cross_entropy(
+            affine(params["dense3"], jnp.tanh(affine(params["dense2"], x))), labels
+        )
 
     return params, loss, (jax.random.normal(keys[-1], (batch, 28, 28, 1)), jnp.arange(batch) % 10)
 
@@ -96,8 +113,13 @@ def transformer(key, depth=2, width=64, heads=4, seq_len=64, batch=16, vocabular
         "scale2": jnp.ones(width),
     }
     params = {f"block{i}": block() for i in range(depth)}
-    params |= {"embed": 0.1 * dense(next(keys), vocabulary, width), "read": dense(next(keys), width, vocabulary)}
-    norm = lambda x, scale: scale * x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    params |= {
+        "embed": 0.1 * dense(next(keys), vocabulary, width),
+        "read": dense(next(keys), width, vocabulary),
+    }
+    norm = lambda x, scale: (
+        scale * x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    )
     mask = jnp.where(jnp.tril(jnp.ones((seq_len, seq_len), bool)), 0.0, -1e9)
 
     def loss(params, tokens):
@@ -114,7 +136,11 @@ def transformer(key, depth=2, width=64, heads=4, seq_len=64, batch=16, vocabular
     return params, loss, jax.random.randint(next(keys), (batch, seq_len + 1), 0, vocabulary)
 
 
-MODELS = {"MLP 20x128": (mlp, 20), "LeNet-5": (lenet5, 20), "transformer": (transformer, 8)}  # steps per scan
+MODELS = {
+    "MLP 20x128": (mlp, 20),
+    "LeNet-5": (lenet5, 20),
+    "transformer": (transformer, 8),
+}  # steps per scan
 
 
 # -- variants ---------------------------------------------------------------------------------------------
@@ -131,7 +157,10 @@ def variants(quick):
         "clip_by_global_norm": (before(gt.clip_by_global_norm(1.0)), "optax.clip_by_global_norm"),
         "watch": (gt.watch(adam, stacked), None),
         "watch, every 10": (gt.watch(adam, stacked, every=10), None),
-        "watch + clip_by_global_norm": (gt.watch(before(gt.clip_by_global_norm(1.0)), stacked), None),
+        "watch + clip_by_global_norm": (
+            gt.watch(before(gt.clip_by_global_norm(1.0)), stacked),
+            None,
+        ),
         "optax.apply_if_finite": (optax.apply_if_finite(adam, 5), None),
         "skip_non_finite": (gt.skip_non_finite(adam), "optax.apply_if_finite"),
     }
@@ -141,10 +170,19 @@ def variants(quick):
         "optax.clip": (before(optax.clip(0.1)), None),
         "clip": (before(gt.clip(0.1)), "optax.clip"),
         "optax.clip_by_block_rms": (before(optax.clip_by_block_rms(0.1)), None),
-        "clip_by_block_rms": (before(gt.clip_by_block_rms(0.1, stacked)), "optax.clip_by_block_rms"),
-        "clip_by_layer_norm": (before(gt.clip_by_layer_norm(0.1, stacked)), "optax.clip_by_block_rms"),
+        "clip_by_block_rms": (
+            before(gt.clip_by_block_rms(0.1, stacked)),
+            "optax.clip_by_block_rms",
+        ),
+        "clip_by_layer_norm": (
+            before(gt.clip_by_layer_norm(0.1, stacked)),
+            "optax.clip_by_block_rms",
+        ),
         "optax.adaptive_grad_clip": (before(optax.adaptive_grad_clip(0.01)), None),
-        "adaptive_grad_clip": (before(gt.adaptive_grad_clip(0.01, stacked=stacked)), "optax.adaptive_grad_clip"),
+        "adaptive_grad_clip": (
+            before(gt.adaptive_grad_clip(0.01, stacked=stacked)),
+            "optax.adaptive_grad_clip",
+        ),
         "autoclip": (before(gt.autoclip(10.0)), "optax.clip_by_global_norm"),
         "zclip": (before(gt.zclip()), "optax.clip_by_global_norm"),
         "adagc": (before(gt.adagc(stacked=stacked)), "optax.clip_by_block_rms"),
@@ -201,7 +239,12 @@ def rows(times, quick):
             "ms_per_step": 1e3 * statistics.median(times[name]),
             "over_none": report.ratio(times[name], times["none"]),
         }
-        row |= {"peer": peer, "over_peer": report.ratio(times[name], times.get(peer)), "goal": goal, "goal_over": over}
+        row |= {
+            "peer": peer,
+            "over_peer": report.ratio(times[name], times.get(peer)),
+            "goal": goal,
+            "goal_over": over,
+        }
         row["measured"] = None if goal is None else report.ratio(times[name], times[over])
         row["reached"] = None if goal is None else row["measured"]["median"] <= goal
         found.append(row)
@@ -218,33 +261,53 @@ def show(model, found, console):
         if row["goal"]:
             verdict = "[green]reached[/]" if row["reached"] else "[red]missed[/]"
             goal = f"{row['measured']['median']:.3f} of {row['goal']} over {row['goal_over']}: {verdict}"
-        over_peer = f"{text(row['over_peer'])} {row['peer'].removeprefix('optax.')}" if row["peer"] else ""
-        table.add_row(row["rule"], f"{row['ms_per_step']:.2f}", text(row["over_none"]), over_peer, goal)
+        over_peer = (
+            f"{text(row['over_peer'])} {row['peer'].removeprefix('optax.')}" if row["peer"] else ""
+        )
+        table.add_row(
+            row["rule"], f"{row['ms_per_step']:.2f}", text(row["over_none"]), over_peer, goal
+        )
     console.print(table)
 
 
 def write(result, about):
-    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
+    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have
+    theirs.
+    """
     text = ["## Training step with each rule\n", report.in_words(about) + ". Ratios of times"]
-    text[-1] += " of one round: median [quartiles]. A load above the number of cores: other work ran beside it.\n"
+    text[-1] += (
+        " of one round: median [quartiles]. A load above the number of cores: other work ran beside it.\n"
+    )
     cell = report.text
     for model, found in result.items():
-        text += [f"**{model}**\n", "| rule | ms | over none | over Optax's nearest | goal |", "|---|---|---|---|---|"]
+        text += [
+            f"**{model}**\n",
+            "| rule | ms | over none | over Optax's nearest | goal |",
+            "|---|---|---|---|---|",
+        ]
         for row in found:
             goal, peer = "", f"{cell(row['over_peer'])} {row['peer']}" if row["peer"] else ""
             if row["goal"]:
                 met = "yes" if row["reached"] else "**no**"
                 goal = f"{row['measured']['median']:.3f} of {row['goal']} over {row['goal_over']}: {met}"
-            text.append(f"| {row['rule']} | {row['ms_per_step']:.2f} | {cell(row['over_none'])} | {peer} | {goal} |")
+            text.append(
+                f"| {row['rule']} | {row['ms_per_step']:.2f} | {cell(row['over_none'])} | {peer} | {goal} |"
+            )
         text.append("")
     report.write("bench_transforms", text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="only the rules with a goal, fewer rounds")
-    parser.add_argument("--all", action="store_true", help="every rule on every model (else on the MLP)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the rules with a goal, fewer rounds"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every rule on every model (else on the MLP)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of tables"
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per model")
     parser.add_argument("--model", choices=MODELS, default=None)

@@ -1,12 +1,14 @@
-"""What following a training costs: a loop of jitted steps with `watch` and `Monitor`, over the same loop without.
+"""What following a training costs: a loop of jitted steps with `watch` and `Monitor`, over the same
+loop without.
 
     python benchmarks/bench_watch.py [--quick] [--json] [--write] [--rounds N]
 
-Models: a 20 x 128 MLP (of twenty layers, 42 leaves; and scanned, 4 leaves), LeNet-5 and a two-block transformer, Adam,
-float32, buffers donated. The loop is a user's, in Python: one call per step, and the monitor has every step in its
-history. All variants run in one process, interleaved in random order, each round from the same first state (a training
-that goes on would measure gradients that vanish); every ratio is of two times of one round. Other work on the machine
-counts: what is added can then not run beside the step, so the load stands with the figures, and the processor time too.
+Models: a 20 x 128 MLP (of twenty layers, 42 leaves; and scanned, 4 leaves), LeNet-5 and a two-block
+transformer, Adam, float32, buffers donated. The loop is a user's, in Python: one call per step, and
+the monitor has every step in its history. All variants run in one process, interleaved in random
+order, each round from the same first state (a training that goes on would measure gradients that
+vanish); every ratio is of two times of one round. Other work on the machine counts: what is added
+can then not run beside the step, so the load stands with the figures, and the processor time too.
 """
 
 import argparse
@@ -28,7 +30,7 @@ import report
 from rich.console import Console
 from rich.table import Table
 
-from gradjax.monitor import Monitor
+from gradjax.monitor.monitor import Monitor
 from gradjax.transforms import watch
 
 GOAL = 1.05
@@ -68,7 +70,9 @@ OF_THE_GOAL = "watch + Monitor"
 
 
 def loop(tx, loss, look):
-    """(params, opt_state, data, steps) -> after so many calls of a jitted step, a monitor beside it."""
+    """(params, opt_state, data, steps) -> after so many calls of a jitted step, a monitor beside
+    it.
+    """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params, opt_state, data):
@@ -93,7 +97,9 @@ def measure(model, rounds, rng):
     calls = {}
     for name, (every, look) in VARIANTS.items():
         tx = optax.adam(1e-4) if every is None else watch(optax.adam(1e-4), STACKED, every)
-        monitor = None if look is None else Monitor("runs/bench_watch", every=look, on_warning=print)
+        monitor = (
+            None if look is None else Monitor("runs/bench_watch", every=look, on_warning=print)
+        )
         calls[name] = (loop(tx, loss, look), jax.jit(tx.init)(params), monitor)
     times = {name: ([], []) for name in calls}
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -117,7 +123,10 @@ def rows(times):
         over = [report.ratio(*pair) for pair in zip(times[name], times["none"], strict=True)]
         row |= {"over_none": over[0], "processor_time_over_none": over[1]}
         is_goal = name == OF_THE_GOAL
-        row |= {"goal": GOAL if is_goal else None, "reached": row["over_none"]["median"] <= GOAL if is_goal else None}
+        row |= {
+            "goal": GOAL if is_goal else None,
+            "reached": row["over_none"]["median"] <= GOAL if is_goal else None,
+        }
         found.append(row)
     return found
 
@@ -127,16 +136,25 @@ def show(model, found, console):
     for column in ("variant", "ms", "over none", "processor time over none", "goal"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in found:
-        goal = "" if row["goal"] is None else f"{row['goal']}: " + ("[green]yes[/]" if row["reached"] else "[red]no[/]")
+        goal = (
+            ""
+            if row["goal"] is None
+            else f"{row['goal']}: " + ("[green]yes[/]" if row["reached"] else "[red]no[/]")
+        )
         cells = (report.text(row["over_none"]), report.text(row["processor_time_over_none"]), goal)
         table.add_row(row["variant"], f"{row['ms_per_step']:.2f}", *cells)
     console.print(table)
 
 
 def write(result, about):
-    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have theirs."""
+    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have
+    theirs.
+    """
     said = report.in_words(about)
-    lines = ["## Watching a training\n", f"`python benchmarks/bench_watch.py`: {said}. A user's loop, buffers donated;"]
+    lines = [
+        "## Watching a training\n",
+        f"`python benchmarks/bench_watch.py`: {said}. A user's loop, buffers donated;",
+    ]
     lines[-1] += " ratios of times of one round: median [quartiles].\n"
     for model, found in result.items():
         lines += [
@@ -145,8 +163,16 @@ def write(result, about):
             "|---|---|---|---|---|",
         ]
         for row in found:
-            goal = "" if row["goal"] is None else f"{row['goal']}: " + ("yes" if row["reached"] else "**no**")
-            cells = (report.text(row["over_none"]), report.text(row["processor_time_over_none"]), goal)
+            goal = (
+                ""
+                if row["goal"] is None
+                else f"{row['goal']}: " + ("yes" if row["reached"] else "**no**")
+            )
+            cells = (
+                report.text(row["over_none"]),
+                report.text(row["processor_time_over_none"]),
+                goal,
+            )
             lines.append(f"| {row['variant']} | {row['ms_per_step']:.2f} | {' | '.join(cells)} |")
         lines.append("")
     report.write("bench_watch", lines)
@@ -155,7 +181,9 @@ def write(result, about):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of tables"
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per model")
     parser.add_argument("--model", choices=MODELS, default=None)

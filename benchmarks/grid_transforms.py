@@ -1,9 +1,11 @@
-"""Which clipping rules survive which gradients: {dtype} x {magnitude} x {jit, eager} x {rule}, ours beside Optax's.
+"""Which clipping rules survive which gradients: {dtype} x {magnitude} x {jit, eager} x {rule}, ours
+beside Optax's.
 
-Every cell feeds one gradient, a (4, 3) kernel and a vector of 2 of the given magnitude (cast to the dtype, so that
-1e20 is inf in float16), to a rule whose threshold is known, and holds the update against the same formula in NumPy
-float64, each rule against its own documented formula. In the columns inf and NaN one entry of the kernel is that, and
-the others are 1. Rules with a memory have first seen gradients of ones. A cell is
+Every cell feeds one gradient, a (4, 3) kernel and a vector of 2 of the given magnitude (cast to the
+dtype, so that 1e20 is inf in float16), to a rule whose threshold is known, and holds the update
+against the same formula in NumPy float64, each rule against its own documented formula. In the
+columns inf and NaN one entry of the kernel is that, and the others are 1. Rules with a memory have
+first seen gradients of ones. A cell is
 
     =  right: every entry within 2 units in the last place of the dtype
     ~  rounded: within 16, as half-precision arithmetic leaves it; not a failure
@@ -13,8 +15,9 @@ the others are 1. Rules with a memory have first seen gradients of ones. A cell 
     U  silently unclipped: the gradient came back as it was, where the reference clips
     W  silently wrong: anything else
 
-Silent failures are 0, N, U and W. A telemetry that speaks excuses nothing while the gradient is finite: there only
-`=` and `~` are no failure. Optax's transforms have no telemetry, so what they pass on is silent.
+Silent failures are 0, N, U and W. A telemetry that speaks excuses nothing while the gradient is
+finite: there only `=` and `~` are no failure. Optax's transforms have no telemetry, so what they
+pass on is silent.
 
     python benchmarks/grid_transforms.py [--json]
 """
@@ -36,7 +39,21 @@ import optax
 from gradjax import transforms
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-MAGNITUDES = [0.0, 1e-45, 1e-40, 1e-30, 1e-20, 1.0, 1e18, 1.8e19, 1e20, 1e38, 3.4e38, np.inf, np.nan]
+MAGNITUDES = [
+    0.0,
+    1e-45,
+    1e-40,
+    1e-30,
+    1e-20,
+    1.0,
+    1e18,
+    1.8e19,
+    1e20,
+    1e38,
+    3.4e38,
+    np.inf,
+    np.nan,
+]
 SILENT = "0NUW"
 PATTERN = {
     "kernel": np.array([[1, -0.75, 0.5], [0.25, 1, -1], [0.5, 0.5, 0.75], [-1, 0.25, 1]]),
@@ -81,13 +98,19 @@ def by_unit(tree: Tree) -> Tree:
     """clipping = .1 of the norm of a parameter of ones: columns of the kernel, the whole vector."""
     kernel, vector = tree["kernel"], tree["vector"]
     columns = np.sqrt(np.sum(np.square(kernel), axis=0, keepdims=True))
-    return {"kernel": limited(kernel, columns, 0.1 * 2), "vector": limited(vector, norm_of(vector), 0.1 * np.sqrt(2))}
+    return {
+        "kernel": limited(kernel, columns, 0.1 * 2),
+        "vector": limited(vector, norm_of(vector), 0.1 * np.sqrt(2)),
+    }
 
 
 def to_unit_norm(eps: float) -> Callable[[Tree], Tree]:
     def reference(tree):
         norm = norm_of(*tree.values())
-        return {k: x / (norm + eps) if np.isfinite(norm) and norm + eps > 0 else x for k, x in tree.items()}
+        return {
+            k: x / (norm + eps) if np.isfinite(norm) and norm + eps > 0 else x
+            for k, x in tree.items()
+        }
 
     return reference
 
@@ -135,20 +158,32 @@ RULES = {
         lambda: T.clip_by_global_norm(1.0), by_tree(1.0), lambda: optax.clip_by_global_norm(1.0)
     ),
     "clip_by_block_rms": Rule(
-        lambda: T.clip_by_block_rms(1.0), by_leaf(lambda x: np.sqrt(x.size)), lambda: optax.clip_by_block_rms(1.0)
+        lambda: T.clip_by_block_rms(1.0),
+        by_leaf(lambda x: np.sqrt(x.size)),
+        lambda: optax.clip_by_block_rms(1.0),
     ),
-    "adaptive_grad_clip": Rule(lambda: T.adaptive_grad_clip(0.1), by_unit, lambda: optax.adaptive_grad_clip(0.1)),
+    "adaptive_grad_clip": Rule(
+        lambda: T.adaptive_grad_clip(0.1), by_unit, lambda: optax.adaptive_grad_clip(0.1)
+    ),
     "normalize_by_norm": Rule(
         T.normalize_by_norm, to_unit_norm(0.0), optax.normalize_by_update_norm, to_unit_norm(1e-6)
     ),
-    "per_example_clip": Rule(lambda: T.per_example_clip(1.0), example_mean, optax_per_example, examples=True),
+    "per_example_clip": Rule(
+        lambda: T.per_example_clip(1.0), example_mean, optax_per_example, examples=True
+    ),
     "clip_by_layer_norm": Rule(lambda: T.clip_by_layer_norm(1.0), by_leaf(lambda x: 1.0)),
     "prune_gradients": Rule(lambda: T.prune_gradients(0.5), pruned),
     "autoclip": Rule(lambda: T.autoclip(50.0, window=8), by_tree(WHOLE), primed=7),
-    "historical_clip": Rule(lambda: T.historical_clip(3.0, 8, warmup_steps=4), by_tree(WHOLE), primed=7),
+    "historical_clip": Rule(
+        lambda: T.historical_clip(3.0, 8, warmup_steps=4), by_tree(WHOLE), primed=7
+    ),
     "zclip": Rule(lambda: T.zclip(warmup_steps=5), by_tree(WHOLE), primed=5),
-    "adagc": Rule(lambda: T.adagc(1.0, warmup_steps=0), by_leaf(lambda x: np.sqrt(x.size)), primed=2),
-    "spam": Rule(lambda: T.spam(optax.identity(), 1.0, decay=0.0, min_history=1), by_entry, primed=2),
+    "adagc": Rule(
+        lambda: T.adagc(1.0, warmup_steps=0), by_leaf(lambda x: np.sqrt(x.size)), primed=2
+    ),
+    "spam": Rule(
+        lambda: T.spam(optax.identity(), 1.0, decay=0.0, min_history=1), by_entry, primed=2
+    ),
 }
 
 
@@ -165,7 +200,9 @@ def gradient(magnitude: float, dtype: Any) -> Tree:
 
 
 def ulps(got: np.ndarray, want: np.ndarray, dtype: Any) -> np.ndarray:
-    """|got - want| in units of the last place that `want` has in the dtype; inf for a 0 that should not be one."""
+    """|got - want| in units of the last place that `want` has in the dtype; inf for a 0 that should
+    not be one.
+    """
     info = jnp.finfo(dtype)
     place = np.floor(np.log2(np.maximum(np.abs(want), float(info.smallest_normal))))
     lost = (got == 0) & (np.abs(want) >= float(info.smallest_subnormal))
@@ -178,7 +215,11 @@ def judge(got: Tree, want: Tree, given: Tree, dtype: Any, is_flagged: bool) -> s
     got, want, given = flat(got), flat(want), flat(given)
     finite = np.isfinite(want)
     same = np.array_equal(got[~finite], want[~finite], equal_nan=True)
-    error = np.max(ulps(got[finite], want[finite], dtype), initial=0) if np.isfinite(got[finite]).all() else np.inf
+    error = (
+        np.max(ulps(got[finite], want[finite], dtype), initial=0)
+        if np.isfinite(got[finite]).all()
+        else np.inf
+    )
     if same and error <= 2:
         return "=" if np.isfinite(got).all() else "!" if is_flagged else "N"
     if not np.isfinite(got).all():
@@ -191,12 +232,16 @@ def judge(got: Tree, want: Tree, given: Tree, dtype: Any, is_flagged: bool) -> s
 
 
 def is_flagged(state: Any) -> bool:
-    """Whether the telemetry of a state says that the gradient is not finite; silence for Optax's."""
+    """Whether the telemetry of a state says that the gradient is not finite; silence for
+    Optax's.
+    """
     seen = {k: np.asarray(v) for k, v in T.telemetry(state).items() if "/log2_norm" in k}
     return any(np.any(np.isnan(v) | np.isposinf(v)) for v in seen.values())
 
 
-def cells(rule: Rule, make: Callable[[], Any], reference: Callable[[Tree], Tree], dtype: Any, jit: bool) -> list[str]:
+def cells(
+    rule: Rule, make: Callable[[], Any], reference: Callable[[Tree], Tree], dtype: Any, jit: bool
+) -> list[str]:
     """One letter for each magnitude."""
     tx = make()
     update = jax.jit(tx.update) if jit else tx.update
@@ -208,7 +253,9 @@ def cells(rule: Rule, make: Callable[[], Any], reference: Callable[[Tree], Tree]
     for magnitude in MAGNITUDES:
         given = gradient(magnitude, dtype)
         if rule.examples:
-            given = {k: np.stack([x, (x.astype(np.float64) / 4).astype(dtype)]) for k, x in given.items()}
+            given = {
+                k: np.stack([x, (x.astype(np.float64) / 4).astype(dtype)]) for k, x in given.items()
+            }
         got, after = update({k: jnp.asarray(x) for k, x in given.items()}, state, ones)
         exact = {k: x.astype(np.float64) for k, x in given.items()}
         with np.errstate(all="ignore"):
@@ -217,8 +264,12 @@ def cells(rule: Rule, make: Callable[[], Any], reference: Callable[[Tree], Tree]
     return letters
 
 
-def grid(rules: dict[str, Rule] = RULES, dtypes: dict[str, Any] = DTYPES, jits: tuple = (True, False)) -> list[dict]:
-    """One row for each rule, dtype and mode: the letters of ours and (None where it has no such rule) of Optax's."""
+def grid(
+    rules: dict[str, Rule] = RULES, dtypes: dict[str, Any] = DTYPES, jits: tuple = (True, False)
+) -> list[dict]:
+    """One row for each rule, dtype and mode: the letters of ours and (None where it has no such
+    rule) of Optax's.
+    """
     rows = []
     for name, rule in rules.items():
         for dtype_name, dtype in dtypes.items():
@@ -226,7 +277,9 @@ def grid(rules: dict[str, Rule] = RULES, dtypes: dict[str, Any] = DTYPES, jits: 
                 row = {"rule": name, "dtype": dtype_name, "mode": "jit" if jit else "eager"}
                 row["ours"] = "".join(cells(rule, rule.ours, rule.reference, dtype, jit))
                 formula = rule.optax_reference or rule.reference
-                row["optax"] = "".join(cells(rule, rule.optax, formula, dtype, jit)) if rule.optax else None
+                row["optax"] = (
+                    "".join(cells(rule, rule.optax, formula, dtype, jit)) if rule.optax else None
+                )
                 rows.append(row)
     return rows
 

@@ -41,8 +41,12 @@ def in_words(about):
 
 
 def write(section, lines):
-    """Put lines of markdown between a section's markers in RESULTS.md, where other benchmarks have theirs."""
+    """Put lines of markdown between a section's markers in RESULTS.md, where other benchmarks have
+    theirs.
+    """
     begin, end = f"<!-- {section} -->\n", f"<!-- /{section} -->\n"
     before, _, rest = RESULTS.read_text().partition(begin)
     after = rest.partition(end)[2]
-    RESULTS.write_text(before.rstrip("\n") + "\n\n" + begin + "\n".join(lines).rstrip("\n") + "\n" + end + after)
+    RESULTS.write_text(
+        before.rstrip("\n") + "\n\n" + begin + "\n".join(lines).rstrip("\n") + "\n" + end + after
+    )

@@ -1,24 +1,29 @@
-"""What five popular articles say about exploding and vanishing gradients, each sentence an experiment with a verdict.
+"""What five popular articles say about exploding and vanishing gradients, each sentence an
+experiment with a verdict.
 
     python scripts/articles.py --list
     python scripts/articles.py
     python scripts/articles.py sigmoid_vanishes adam_beats_others --seeds 16 --json
 
-Two kinds of numbers are measured, over seeds. *At the start*: how much the gradient of the loss grows on its way back,
-in nats per layer (or time step) between the last state and the first; times the layers in between, more than 6 nats
-(a factor of 400) explode and less than -6 vanish, as for `gradjax diagnose`. *In training*: the share of seeds whose
-validation accuracy reaches 90%, and the test accuracy after the last step; every contestant has its own grid of
-learning rates and is judged at the best of them by validation, because at one rate for all the comparison would be of
-rates. A difference counts where the 95% interval of the paired difference over seeds leaves out 0.
+Two kinds of numbers are measured, over seeds. *At the start*: how much the gradient of the loss
+grows on its way back, in nats per layer (or time step) between the last state and the first; times
+the layers in between, more than 6 nats (a factor of 400) explode and less than -6 vanish, as for
+`gradjax diagnose`. *In training*: the share of seeds whose validation accuracy reaches 90%, and the
+test accuracy after the last step; every contestant has its own grid of learning rates and is judged
+at the best of them by validation, because at one rate for all the comparison would be of rates. A
+difference counts where the 95% interval of the paired difference over seeds leaves out 0.
 
-A verdict is computed from these numbers: confirmed, refuted, or conditional where the sentence holds here and not
-there; the rule stands in each claim's function. The exit status is 0 whatever the verdicts are.
+A verdict is computed from these numbers: confirmed, refuted, or conditional where the sentence
+holds here and not there; the rule stands in each claim's function. The exit status is 0 whatever
+the verdicts are.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: more threads stall on small matrices
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # before numpy: more threads stall on small matrices
 
 import argparse
 import contextlib
@@ -37,15 +42,19 @@ import numpy as np
 import scipy.stats
 
 import gradjax
-from gradjax import ablation, config, models, results, tasks, training
-from gradjax.config import Experiment
-from gradjax.program import rule_for_workers
+from gradjax.experiment import config, models, sweep, tasks, training
+from gradjax.experiment.program import rule_for_workers
+from gradjax.experiment.schema import Experiment
+from gradjax.report import files
 
 SICK = 6.0  # nats in all, the threshold of `gradjax diagnose`
 CURED = 0.9  # share of seeds, as for `gradjax cure`
 NO_LIMIT = 1e38  # a clipping threshold that no norm reaches: with and without clipping are one compiled program
 HE = 2**0.5  # sigma_w at which ReLU keeps the scale (He 2015)
-STRONG, WEAK = 4.0, 0.5  # sigma_w of the exploding and of the vanishing network, 2.8 times He's and as far below
+STRONG, WEAK = (
+    4.0,
+    0.5,
+)  # sigma_w of the exploding and of the vanishing network, 2.8 times He's and as far below
 CONFIRMED, REFUTED, CONDITIONAL = "confirmed", "refuted", "conditional"
 
 
@@ -62,7 +71,9 @@ class Size(NamedTuple):
 
     @property
     def base(self) -> Experiment:
-        """The trained network: ReLU at He's scale on the digits, gradient descent without clipping."""
+        """The trained network: ReLU at He's scale on the digits, gradient descent without
+        clipping.
+        """
         values = {
             "model.depth": self.depth, "model.width": self.width, "model.activation": "relu", "model.sigma_w": HE,
             "model.sigma_b": 0.0, "optimizer.name": "sgd", "optimizer.clipping": "clip_by_global_norm",
@@ -122,12 +133,14 @@ def mean(label: str, values: np.ndarray) -> Row:
     values = np.asarray(values, float)
     spread = scipy.stats.sem(values) if len(values) > 1 else math.nan
     half = scipy.stats.t.ppf(0.975, max(len(values) - 1, 1)) * spread
-    return Row(label, float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+    return Row(
+        label, float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+    )
 
 
 def share(label: str, trained: np.ndarray) -> Row:
     """Wilson's interval of the share of seeds that train."""
-    return Row(label, float(trained.mean()), *results.wilson(int(trained.sum()), len(trained)))
+    return Row(label, float(trained.mean()), *files.wilson(int(trained.sum()), len(trained)))
 
 
 def above(a: np.ndarray, b: np.ndarray) -> bool:
@@ -135,8 +148,12 @@ def above(a: np.ndarray, b: np.ndarray) -> bool:
     return mean("", np.asarray(a, float) - np.asarray(b, float)).low > 0
 
 
-def best(runs: Sequence[Run], key: Callable[[Run], float] = lambda r: float(r.validation.mean())) -> Run:
-    """The run at the best rate; by validation, so that the test accuracy is not what is selected on."""
+def best(
+    runs: Sequence[Run], key: Callable[[Run], float] = lambda r: float(r.validation.mean())
+) -> Run:
+    """The run at the best rate; by validation, so that the test accuracy is not what is selected
+    on.
+    """
     return max(runs, key=key)
 
 
@@ -175,7 +192,9 @@ def listed(names: Sequence[str]) -> str:
 
 def changed(experiment: Experiment, **values: Any) -> Experiment:
     """Other values under `table__name`."""
-    return config.replace(experiment, {key.replace("__", "."): value for key, value in values.items()})
+    return config.replace(
+        experiment, {key.replace("__", "."): value for key, value in values.items()}
+    )
 
 
 def tuned(label: str, experiment: Experiment, rates: Sequence[float], **values: Any) -> dict:
@@ -195,20 +214,33 @@ RATES = {
 }
 
 
-def growth(experiments: Mapping[str, Experiment], seeds: int, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """Nats per layer by which the gradient grows from the last hidden state to the first: label -> (seeds,).
+def growth(
+    experiments: Mapping[str, Experiment], seeds: int, say: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Nats per layer by which the gradient grows from the last hidden state to the first: label ->
+    (seeds,).
 
     The digits' or pixels' first training batch; those that differ in floats share a compiled program.
     """
-    groups = ablation.programs(experiments)
+    groups = sweep.programs(experiments)
 
     def program(names: Sequence[str]) -> dict[str, np.ndarray]:
         own = experiments[names[0]]
         values = [config.flatten(experiments[name]) for name in names]
-        columns = {key: [v[key] for v in values] for key in config.sweepable() if len({v[key] for v in values}) > 1}
+        columns = {
+            key: [v[key] for v in values]
+            for key in config.sweepable()
+            if len({v[key] for v in values}) > 1
+        }
         task = own.task
-        train = tasks.load(task.name, jax.random.key(own.seed), normalize=task.normalize, seq_len=task.seq_len).train
-        x, y, num_outputs = train.x[: task.batch_size], train.y[: task.batch_size], int(train.y.max()) + 1
+        train = tasks.load(
+            task.name, jax.random.key(own.seed), normalize=task.normalize, seq_len=task.seq_len
+        ).train
+        x, y, num_outputs = (
+            train.x[: task.batch_size],
+            train.y[: task.batch_size],
+            int(train.y.max()) + 1,
+        )
 
         def one(floats: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
             model = models.build(config.replace(own, floats).model, num_outputs)
@@ -222,11 +254,13 @@ def growth(experiments: Mapping[str, Experiment], seeds: int, say: Callable[[str
         floats = {key: jnp.asarray(column, jnp.float32) for key, column in columns.items()}
         keys = jax.random.split(jax.random.key(own.seed + 1), seeds)
         over_seeds = jax.vmap(one, (None, 0))
-        found = jax.jit(jax.vmap(over_seeds, (0, None)) if floats else lambda f, k: over_seeds(f, k)[None])(
-            floats, keys
-        )
+        found = jax.jit(
+            jax.vmap(over_seeds, (0, None)) if floats else lambda f, k: over_seeds(f, k)[None]
+        )(floats, keys)
         m = own.model
-        say(f"at the start: {m.activation} {m.name}, {m.depth} x {m.width}, {len(names)} settings x {seeds} seeds")
+        say(
+            f"at the start: {m.activation} {m.name}, {m.depth} x {m.width}, {len(names)} settings x {seeds} seeds"
+        )
         return dict(zip(names, np.asarray(found, float), strict=True))
 
     with ThreadPoolExecutor(rule_for_workers(Experiment())) as pool:
@@ -244,7 +278,9 @@ def run_of(rate: float, ds: Any) -> Run:
 
 
 def start(size: Size, depth: int, **values: Any) -> Experiment:
-    return changed(size.base, model__depth=depth, **{f"model__{key}": value for key, value in values.items()})
+    return changed(
+        size.base, model__depth=depth, **{f"model__{key}": value for key, value in values.items()}
+    )
 
 
 ACTIVATIONS = {"linear": 1.0, "tanh": 1.0, "relu": HE}  # their critical sigma_w without biases
@@ -252,14 +288,17 @@ ACTIVATIONS = {"linear": 1.0, "tanh": 1.0, "relu": HE}  # their critical sigma_w
 
 def _relu_starts(size: Size) -> dict[str, Experiment]:
     return {
-        f"{name}, {times:g} x critical": start(size, size.deep, activation=name, sigma_w=times * critical)
+        f"{name}, {times:g} x critical": start(
+            size, size.deep, activation=name, sigma_w=times * critical
+        )
         for name, critical in ACTIVATIONS.items()
         for times in (1.0, 2.0, 4.0)
     }
 
 
 def judge_relu(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Confirmed where ReLU explodes at its own scale and others do not; refuted where it is the other way round.
+    """Confirmed where ReLU explodes at its own scale and others do not; refuted where it is the
+    other way round.
 
     The other way round: ReLU does not at its own scale, and a network without it does at twice its own.
     """
@@ -267,7 +306,13 @@ def judge_relu(size: Size, starts: Starts, runs: Runs) -> Verdict:
     own = {name: bad[f"{name}, 1 x critical"] for name in ACTIVATIONS}
     twice = [name for name in ACTIVATIONS if name != "relu" and bad[f"{name}, 2 x critical"]]
     others = [name for name in ACTIVATIONS if name != "relu" and own[name]]
-    word = CONFIRMED if own["relu"] and not others else REFUTED if not own["relu"] and twice else CONDITIONAL
+    word = (
+        CONFIRMED
+        if own["relu"] and not others
+        else REFUTED
+        if not own["relu"] and twice
+        else CONDITIONAL
+    )
     value = lambda label: float(starts[label].mean())
     because = (
         f"At its own scale ReLU grows by {value('relu, 1 x critical'):+.2f} nats per layer; weights twice as large add "
@@ -291,7 +336,9 @@ def _sigmoid_starts(size: Size) -> dict[str, Experiment]:
 
 
 def judge_sigmoid(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Confirmed where sigmoids vanish at every scale tried and ReLU at none; refuted where neither half ever holds."""
+    """Confirmed where sigmoids vanish at every scale tried and ReLU at none; refuted where neither
+    half ever holds.
+    """
     lost = {label: vanishes(values, size.deep - 1) for label, values in starts.items()}
     holds = [lost[label] == label.startswith("sigmoid") for label in starts]
     names = [label for label in starts if lost[label]]
@@ -311,20 +358,33 @@ def _adam(size: Size) -> dict:
         | tuned("Adam", sick, RATES["adam"], optimizer__name="adam")
         | tuned("SGD, clipping at 1", sick, RATES["healthy"], optimizer__max_norm=1.0)
         | tuned("SGD, He's scale", size.base, RATES["healthy"])
-        | tuned("Adam, clipping at 1", sick, RATES["adam"], optimizer__name="adam", optimizer__max_norm=1.0)
+        | tuned(
+            "Adam, clipping at 1",
+            sick,
+            RATES["adam"],
+            optimizer__name="adam",
+            optimizer__max_norm=1.0,
+        )
         | tuned("Adam, He's scale", size.base, RATES["adam"], optimizer__name="adam")
     )
 
 
 def judge_adam(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Better than both, than neither, or than one of the two, by the paired test accuracy at the best rates."""
+    """Better than both, than neither, or than one of the two, by the paired test accuracy at the
+    best rates.
+    """
     test = {label: best(runs[label]).test for label in runs}
     rivals = ("SGD, clipping at 1", "SGD, He's scale")
     beaten = [label for label in rivals if above(test["Adam"], test[label])]
     enough = [label for label in runs if cures(runs[label])]
     gaps = [f"{label} {mean('', test['Adam'] - test[label]).numbers}" for label in rivals]
     because = f"Adam's test accuracy minus that of: {'; '.join(gaps)}. Nine in ten seeds train with: {listed(enough)}."
-    return Verdict(three([label in beaten for label in rivals]), because, "test accuracy", of_rates(list(runs), runs))
+    return Verdict(
+        three([label in beaten for label in rivals]),
+        because,
+        "test accuracy",
+        of_rates(list(runs), runs),
+    )
 
 
 THRESHOLDS = (0.1, 1.0, 10.0)
@@ -333,19 +393,25 @@ THRESHOLDS = (0.1, 1.0, 10.0)
 def _slow(size: Size) -> dict:
     runs = tuned("no clipping", size.base, RATES["healthy"])
     for limit in THRESHOLDS:
-        rates = (*RATES["healthy"], 3.0, 10.0) if limit < 1 else RATES["healthy"]  # a step is rate times threshold
+        rates = (
+            (*RATES["healthy"], 3.0, 10.0) if limit < 1 else RATES["healthy"]
+        )  # a step is rate times threshold
         runs |= tuned(f"clipping at {limit:g}", size.base, rates, optimizer__max_norm=limit)
     return runs
 
 
 def judge_slow(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Confirmed where every threshold costs steps at its own best rate; refuted where none does at any rate.
+    """Confirmed where every threshold costs steps at its own best rate; refuted where none does at
+    any rate.
 
     Conditional: some do, or they do at the rate that is best without clipping.
     """
     fastest = lambda r: -float(r.steps.mean())
     free = best(runs["no clipping"], fastest)
-    rows, slow = [mean(f"none, rate {free.rate:g}", free.steps)], {"the same rate": [], "its own best rate": []}
+    rows, slow = (
+        [mean(f"none, rate {free.rate:g}", free.steps)],
+        {"the same rate": [], "its own best rate": []},
+    )
     for limit in THRESHOLDS:
         own = runs[f"clipping at {limit:g}"]
         same = next(r for r in own if r.rate == free.rate)
@@ -355,8 +421,15 @@ def judge_slow(size: Size, starts: Starts, runs: Runs) -> Verdict:
                 slow[which].append(f"{limit:g}")
     holds = [f"{limit:g}" in slow["its own best rate"] for limit in THRESHOLDS]
     word = CONFIRMED if all(holds) else CONDITIONAL if any(slow.values()) else REFUTED
-    because = "; ".join(f"at {which} slower with thresholds {listed(names)}" for which, names in slow.items())
-    return Verdict(word, f"To 90% of validation accuracy: {because}.", "steps to the target", list(dict.fromkeys(rows)))
+    because = "; ".join(
+        f"at {which} slower with thresholds {listed(names)}" for which, names in slow.items()
+    )
+    return Verdict(
+        word,
+        f"To 90% of validation accuracy: {because}.",
+        "steps to the target",
+        list(dict.fromkeys(rows)),
+    )
 
 
 SIGMAS = {"too small": WEAK, "He": HE, "too large": STRONG}
@@ -365,7 +438,8 @@ SIGMAS = {"too small": WEAK, "He": HE, "too large": STRONG}
 def _batchnorm_starts(size: Size) -> dict[str, Experiment]:
     plain = {f"plain, {name}": start(size, size.deep, sigma_w=s) for name, s in SIGMAS.items()}
     with_norm = {
-        f"BatchNorm, {name}": start(size, size.deep, sigma_w=s, normalization="batchnorm") for name, s in SIGMAS.items()
+        f"BatchNorm, {name}": start(size, size.deep, sigma_w=s, normalization="batchnorm")
+        for name, s in SIGMAS.items()
     }
     deeper = start(size, _deeper(size), normalization="batchnorm")
     return plain | with_norm | {f"BatchNorm, He, {_deeper(size)} layers": deeper}
@@ -377,7 +451,10 @@ def _deeper(size: Size) -> int:
 
 def _batchnorm(size: Size) -> dict:
     runs: dict = {}
-    for label, sigma, rates in (("vanishing", WEAK, "vanishing"), ("exploding", STRONG, "exploding")):
+    for label, sigma, rates in (
+        ("vanishing", WEAK, "vanishing"),
+        ("exploding", STRONG, "exploding"),
+    ):
         runs |= tuned(f"{label}, plain", size.base, RATES[rates], model__sigma_w=sigma)
         norm = {"model__sigma_w": sigma, "model__normalization": "batchnorm"}
         runs |= tuned(f"{label}, BatchNorm", size.base, RATES["healthy"], **norm)
@@ -385,15 +462,29 @@ def _batchnorm(size: Size) -> dict:
 
 
 def judge_batchnorm(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Confirmed where it makes both train and its own gradient does not explode at any depth tried."""
+    """Confirmed where it makes both train and its own gradient does not explode at any depth
+    tried.
+    """
     sick = [label for label in ("vanishing", "exploding") if not cures(runs[f"{label}, plain"])]
     cured = [label for label in sick if cures(runs[f"{label}, BatchNorm"])]
     deep = next(v for label, v in starts.items() if "layers" in label)
     explosion = explodes(deep, _deeper(size) - 1)
-    word = REFUTED if not cured else CONFIRMED if cured == ["vanishing", "exploding"] and not explosion else CONDITIONAL
-    low, high = (f(float(v.mean()) for k, v in starts.items() if k.startswith("BatchNorm")) for f in (min, max))
+    word = (
+        REFUTED
+        if not cured
+        else CONFIRMED
+        if cured == ["vanishing", "exploding"] and not explosion
+        else CONDITIONAL
+    )
+    low, high = (
+        f(float(v.mean()) for k, v in starts.items() if k.startswith("BatchNorm"))
+        for f in (min, max)
+    )
     score = lambda label: f"{best(runs[label]).test.mean():.3f}"
-    gains = [f"{k} {score(f'{k}, plain')} to {score(f'{k}, BatchNorm')}" for k in ("vanishing", "exploding")]
+    gains = [
+        f"{k} {score(f'{k}, plain')} to {score(f'{k}, BatchNorm')}"
+        for k in ("vanishing", "exploding")
+    ]
     because = (
         f"{size.depth} layers that did not train and do with it: {listed(cured)} (test accuracy: "
         f"{'; '.join(gains)}). With BatchNorm the gradient grows by "
@@ -405,7 +496,9 @@ def judge_batchnorm(size: Size, starts: Starts, runs: Runs) -> Verdict:
 
 
 def measure_test_mode(size: Size) -> dict[str, np.ndarray]:
-    """Test accuracy of BatchNorm networks with running averages, with the batch's own, and with the norm left out."""
+    """Test accuracy of BatchNorm networks with running averages, with the batch's own, and with the
+    norm left out.
+    """
     own = changed(size.base, model__normalization="batchnorm", model__depth=min(size.depth, 5))
     own = changed(own, optimizer__learning_rate=0.1)
     data = tasks.load("digits", jax.random.key(0))
@@ -429,7 +522,9 @@ def measure_test_mode(size: Size) -> dict[str, np.ndarray]:
 
 
 def judge_test_mode(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Refuted where leaving the normalisation out at test time costs accuracy; confirmed where it does not."""
+    """Refuted where leaving the normalisation out at test time costs accuracy; confirmed where it
+    does not.
+    """
     kept, without = starts["running averages"], starts["without the norm"]
     word = REFUTED if above(kept, without) else CONFIRMED
     because = (
@@ -463,15 +558,26 @@ def _regularizers(size: Size) -> dict:
 
 
 def judge_regularizers(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Of the five, all, none or some bring 90% of the seeds to the target at some strength and rate."""
-    cured = {name: [k for k in runs if k.startswith(name) and cures(runs[k])] for name in REGULARIZERS}
+    """Of the five, all, none or some bring 90% of the seeds to the target at some strength and
+    rate.
+    """
+    cured = {
+        name: [k for k in runs if k.startswith(name) and cures(runs[k])] for name in REGULARIZERS
+    }
     test = {label: best(runs[label]).test for label in runs}
-    better = [label for label in runs if label != "untreated" and above(test[label], test["untreated"])]
+    better = [
+        label for label in runs if label != "untreated" and above(test[label], test["untreated"])
+    ]
     because = (
         f"Cure: {listed([label for labels in cured.values() for label in labels])}. Better than nothing: "
         f"{listed(better)}. Untreated: {test['untreated'].mean():.3f}."
     )
-    return Verdict(three([bool(v) for v in cured.values()]), because, "test accuracy", of_rates(list(runs), runs))
+    return Verdict(
+        three([bool(v) for v in cured.values()]),
+        because,
+        "test accuracy",
+        of_rates(list(runs), runs),
+    )
 
 
 RESIDUAL_SIGMAS = {"sigma_w 0.5": 0.5, "LeCun": 1.0, "He": HE, "sigma_w 2": 2.0}
@@ -486,9 +592,15 @@ def _residual_starts(size: Size) -> dict[str, Experiment]:
 
 
 def judge_residual(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Whether the gradient changes less per layer with skips than without: at every scale, at none, or at some."""
+    """Whether the gradient changes less per layer with skips than without: at every scale, at none,
+    or at some.
+    """
     change = {label: np.abs(values) for label, values in starts.items()}
-    calmer = [name for name in RESIDUAL_SIGMAS if above(change[f"plain, {name}"], change[f"skips, {name}"])]
+    calmer = [
+        name
+        for name in RESIDUAL_SIGMAS
+        if above(change[f"plain, {name}"], change[f"skips, {name}"])
+    ]
     largest = max(float(values.mean()) for values in change.values())
     because = (
         f"With skips the gradient changes less per layer at: {listed(calmer)}; at "
@@ -514,7 +626,9 @@ def measure_parameters(size: Size) -> dict[str, np.ndarray]:
         model = models.build(start(size, size.deep, **values).model, 10)
         x = jnp.zeros((1, 64), jnp.float32)
         params = jax.eval_shape(lambda model=model, x=x: model.init(jax.random.key(0), x))["params"]
-        found[label] = np.array([float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))])
+        found[label] = np.array(
+            [float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))]
+        )
     return found
 
 
@@ -523,8 +637,15 @@ def judge_parameters(size: Size, starts: Starts, runs: Runs) -> Verdict:
     count = {label: int(values[0]) for label, values in starts.items()}
     added = {label: n - count["plain"] for label, n in count.items() if label != "plain"}
     word = CONFIRMED if added["identity skips"] > 0 else REFUTED
-    because = f"Added to {count['plain']:,}: {'; '.join(f'{label} {n:,}' for label, n in added.items())}."
-    return Verdict(word, because, "parameters", [Row(k, float(n), float(n), float(n)) for k, n in count.items()])
+    because = (
+        f"Added to {count['plain']:,}: {'; '.join(f'{label} {n:,}' for label, n in added.items())}."
+    )
+    return Verdict(
+        word,
+        because,
+        "parameters",
+        [Row(k, float(n), float(n), float(n)) for k, n in count.items()],
+    )
 
 
 def _pretraining(size: Size) -> dict:
@@ -534,7 +655,13 @@ def _pretraining(size: Size) -> dict:
         tuned("sigmoid", sigmoid, RATES["sigmoid"])
         | tuned("sigmoid, RBMs first", sigmoid, RATES["sigmoid"], train__pretrain="rbm", **stage)
         | tuned("ReLU, He", size.base, RATES["healthy"])
-        | tuned("ReLU, He, autoencoders first", size.base, RATES["healthy"], train__pretrain="autoencoder", **stage)
+        | tuned(
+            "ReLU, He, autoencoders first",
+            size.base,
+            RATES["healthy"],
+            train__pretrain="autoencoder",
+            **stage,
+        )
     )
 
 
@@ -542,10 +669,15 @@ PRETRAINED = {"sigmoid": "sigmoid, RBMs first", "ReLU, He": "ReLU, He, autoencod
 
 
 def judge_pretraining(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Whether it raises the test accuracy of both the sick sigmoid network and the healthy one, of neither, of one."""
+    """Whether it raises the test accuracy of both the sick sigmoid network and the healthy one, of
+    neither, of one.
+    """
     test = {label: best(runs[label]).test for label in runs}
     helped = [above(test[after], test[before]) for before, after in PRETRAINED.items()]
-    parts = [f"{before} {mean('', test[after] - test[before]).numbers}" for before, after in PRETRAINED.items()]
+    parts = [
+        f"{before} {mean('', test[after] - test[before]).numbers}"
+        for before, after in PRETRAINED.items()
+    ]
     trained = ", ".join(f"{label} {best(runs[label]).trained.mean():.0%}" for label in runs)
     because = f"Gain in test accuracy: {'; '.join(parts)}. Seeds that reach the target: {trained}."
     return Verdict(three(helped), because, "test accuracy", of_rates(list(runs), runs))
@@ -554,20 +686,30 @@ def judge_pretraining(size: Size, starts: Starts, runs: Runs) -> Verdict:
 def _lstm_starts(size: Size) -> dict[str, Experiment]:
     base = Experiment(task=config.Task(name="sequential_digits"))
     base = changed(base, model__depth=1, model__width=32, model__sigma_b=0.0, model__sigma_w=1.0)
-    rnn = {f"RNN, gain {g:g}": changed(base, model__name="rnn", model__sigma_w=g) for g in (0.5, 1.0, 1.5)}
+    rnn = {
+        f"RNN, gain {g:g}": changed(base, model__name="rnn", model__sigma_w=g)
+        for g in (0.5, 1.0, 1.5)
+    }
     lstm = {
-        f"LSTM, forget bias {b:g}": changed(base, model__name="lstm", model__forget_bias=b) for b in (0.0, 1.0, 3.0)
+        f"LSTM, forget bias {b:g}": changed(base, model__name="lstm", model__forget_bias=b)
+        for b in (0.0, 1.0, 3.0)
     }
     return rnn | lstm
 
 
 def judge_lstm(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Over all pairs of an RNN's gain and an LSTM's forget bias: does less of the gradient vanish in the LSTM?"""
+    """Over all pairs of an RNN's gain and an LSTM's forget bias: does less of the gradient vanish
+    in the LSTM?
+    """
     lost = {label: np.maximum(-values, 0.0) for label, values in starts.items()}
     rnns = [label for label in starts if label.startswith("RNN")]
     lstms = [label for label in starts if label.startswith("LSTM")]
     wins = {a: [b for b in rnns if above(lost[b], lost[a])] for a in lstms}
-    because = "Less vanishes than in: " + "; ".join(f"{a}: {listed(found)}" for a, found in wins.items()) + "."
+    because = (
+        "Less vanishes than in: "
+        + "; ".join(f"{a}: {listed(found)}" for a, found in wins.items())
+        + "."
+    )
     word = three([b in wins[a] for a in lstms for b in rnns])
     return Verdict(word, because, "nats per time step", [mean(k, v) for k, v in starts.items()])
 
@@ -583,11 +725,19 @@ def _normalized(size: Size) -> dict:
 
 
 def judge_normalized(size: Size, starts: Starts, runs: Runs) -> Verdict:
-    """Whether 90% of the seeds train with normalised gradients: of both networks, of neither, or of one."""
+    """Whether 90% of the seeds train with normalised gradients: of both networks, of neither, or of
+    one.
+    """
     kinds = ("exploding", "vanishing")
-    cured = [cures(runs[f"{kind}, normalised"]) and not cures(runs[f"{kind}, untreated"]) for kind in kinds]
+    cured = [
+        cures(runs[f"{kind}, normalised"]) and not cures(runs[f"{kind}, untreated"])
+        for kind in kinds
+    ]
     test = {label: best(runs[label]).test for label in runs}
-    parts = [f"{k} {test[f'{k}, untreated'].mean():.3f} to {test[f'{k}, normalised'].mean():.3f}" for k in kinds]
+    parts = [
+        f"{k} {test[f'{k}, untreated'].mean():.3f} to {test[f'{k}, normalised'].mean():.3f}"
+        for k in kinds
+    ]
     better = [k for k in kinds if above(test[f"{k}, normalised"], test[f"{k}, untreated"])]
     because = (
         f"Test accuracy: {'; '.join(parts)}; better: {listed(better)}. Dividing the whole gradient by its norm leaves "
@@ -607,25 +757,45 @@ class Claim(NamedTuple):
 
 
 CLAIMS = {
-    "relu_explodes": Claim("ReLU is the main cause of exploding gradients", judge_relu, _relu_starts),
-    "sigmoid_vanishes": Claim("Sigmoid's gradients vanish, ReLU's do not", judge_sigmoid, _sigmoid_starts),
+    "relu_explodes": Claim(
+        "ReLU is the main cause of exploding gradients", judge_relu, _relu_starts
+    ),
+    "sigmoid_vanishes": Claim(
+        "Sigmoid's gradients vanish, ReLU's do not", judge_sigmoid, _sigmoid_starts
+    ),
     "adam_beats_others": Claim(
         "Adam cures explosion better than clipping and initialisation", judge_adam, trainings=_adam
     ),
     "clipping_slows": Claim("Clipping slows convergence", judge_slow, trainings=_slow),
-    "batchnorm_cures": Claim("BatchNorm cures vanishing and explosion", judge_batchnorm, _batchnorm_starts, _batchnorm),
-    "batchnorm_at_test": Claim("BatchNorm is not used at test time", judge_test_mode, measure=measure_test_mode),
+    "batchnorm_cures": Claim(
+        "BatchNorm cures vanishing and explosion", judge_batchnorm, _batchnorm_starts, _batchnorm
+    ),
+    "batchnorm_at_test": Claim(
+        "BatchNorm is not used at test time", judge_test_mode, measure=measure_test_mode
+    ),
     "regularizers_cure": Claim(
-        "Dropout, L1, L2 and weight clipping cure explosion", judge_regularizers, trainings=_regularizers
+        "Dropout, L1, L2 and weight clipping cure explosion",
+        judge_regularizers,
+        trainings=_regularizers,
     ),
     "residual_delta": Claim(
-        "With skips the gradient of a 5 x 64 network changes less per layer", judge_residual, _residual_starts
+        "With skips the gradient of a 5 x 64 network changes less per layer",
+        judge_residual,
+        _residual_starts,
     ),
-    "residual_parameters": Claim("Residual connections add parameters", judge_parameters, measure=measure_parameters),
-    "pretraining_helps": Claim("Greedy pre-training helps", judge_pretraining, trainings=_pretraining),
-    "lstm_vanishes_less": Claim("An LSTM's gradient vanishes less than a plain RNN's", judge_lstm, _lstm_starts),
+    "residual_parameters": Claim(
+        "Residual connections add parameters", judge_parameters, measure=measure_parameters
+    ),
+    "pretraining_helps": Claim(
+        "Greedy pre-training helps", judge_pretraining, trainings=_pretraining
+    ),
+    "lstm_vanishes_less": Claim(
+        "An LSTM's gradient vanishes less than a plain RNN's", judge_lstm, _lstm_starts
+    ),
     "normalised_gradients": Claim(
-        "Gradients divided by their norm cure explosion and vanishing", judge_normalized, trainings=_normalized
+        "Gradients divided by their norm cure explosion and vanishing",
+        judge_normalized,
+        trainings=_normalized,
     ),
 }
 
@@ -637,25 +807,45 @@ class Tell(NamedTuple):
     """Two ways to report progress: a line, and an event of `gradjax.compare`."""
 
     line: Callable[[str], None]
-    event: Callable[[ablation.Progress], None]
+    event: Callable[[sweep.Progress], None]
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Tell]:
     """A bar on standard error."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)
 
-        def event(e: ablation.Progress) -> None:
+        def event(e: sweep.Progress) -> None:
             if e.message:
-                line(e.message if len(e.message) < 100 else f"{e.message[:40]} ...: {e.message.rpartition(': ')[2]}")
+                line(
+                    e.message
+                    if len(e.message) < 100
+                    else f"{e.message[:40]} ...: {e.message.rpartition(': ')[2]}"
+                )
             else:
-                bar.update(task, completed=e.done, total=e.total, description=f"training, {e.diverged} diverged")
+                bar.update(
+                    task,
+                    completed=e.done,
+                    total=e.total,
+                    description=f"training, {e.diverged} diverged",
+                )
 
         def line(text: str) -> None:
             console.print(text, highlight=False, markup=False)
@@ -664,11 +854,15 @@ def progress_bar() -> Iterator[Tell]:
 
 
 def check(names: Sequence[str], size: Size, tell: Tell) -> dict[str, Verdict]:
-    """Measure and judge the claims of these names; equal experiments are run once, for all of them."""
+    """Measure and judge the claims of these names; equal experiments are run once, for all of
+    them.
+    """
     claims = {name: CLAIMS[name] for name in names}
     starts = {name: claim.starts(size) for name, claim in claims.items()}
     trainings = {name: claim.trainings(size) for name, claim in claims.items()}
-    unique = lambda tables: {str(i): e for i, e in enumerate(dict.fromkeys(e for t in tables for e in t.values()))}
+    unique = lambda tables: {
+        str(i): e for i, e in enumerate(dict.fromkeys(e for t in tables for e in t.values()))
+    }
     at_start, trained = unique(starts.values()), unique(trainings.values())
     grown = growth(at_start, size.starts, tell.line) if at_start else {}
     grown = {at_start[i]: values for i, values in grown.items()}
@@ -712,7 +906,9 @@ def figure(verdicts: Mapping[str, Verdict]) -> Any:
         for place, name in enumerate(names):
             v, ax = verdicts[name], fig.add_subplot(grid[place // per_row, place % per_row])
             colour, y = COLOURS[v.word], np.arange(len(v.rows))[::-1]
-            value, low, high = (np.array([getattr(row, key) for row in v.rows]) for key in ("value", "low", "high"))
+            value, low, high = (
+                np.array([getattr(row, key) for row in v.rows]) for key in ("value", "low", "high")
+            )
             spread = np.nan_to_num(np.clip([value - low, high - value], 0, None))
             ax.errorbar(value, y, xerr=spread, fmt="o", ms=4, lw=1.3, color=colour)
             ax.set_yticks(y, [row.label for row in v.rows])
@@ -766,14 +962,24 @@ def choose(names: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="CLAIM", help="claims; all of them where none is named")
-    parser.add_argument("--list", action="store_true", help="list the claims and stop")
-    parser.add_argument("--seeds", type=int, help="trainings per setting (default 8); four times as many starts")
-    parser.add_argument(
-        "--small", action="store_true", help="the sizes of the tests: seconds, and verdicts of no worth"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument(
+        "names", nargs="*", metavar="CLAIM", help="claims; all of them where none is named"
+    )
+    parser.add_argument("--list", action="store_true", help="list the claims and stop")
+    parser.add_argument(
+        "--seeds", type=int, help="trainings per setting (default 8); four times as many starts"
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="the sizes of the tests: seconds, and verdicts of no worth",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object in place of the table"
+    )
     parser.add_argument("--output", default="runs", help="folder of the run folder; default: runs")
     args = parser.parse_args(arguments)
     try:
@@ -793,28 +999,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     with progress_bar() as tell:
         verdicts = check(names, size, tell)
-    folder: Path = results.run_folder(args.output, "articles")
+    folder: Path = files.run_folder(args.output, "articles")
     fig = figure(verdicts)
     for kind in ("png", "svg"):
         fig.savefig(folder / f"articles.{kind}", dpi=110)
     summary = {
         "claims": {
-            name: {"says": CLAIMS[name].says} | v._asdict() | {"rows": [row._asdict() for row in v.rows]}
+            name: {"says": CLAIMS[name].says}
+            | v._asdict()
+            | {"rows": [row._asdict() for row in v.rows]}
             for name, v in verdicts.items()
         },
         "size": size._asdict(),
         "seconds": round(time.perf_counter() - began, 1),
         "folder": str(folder),
-        "versions": results.provenance(),
+        "versions": files.provenance(),
     }
-    results.write_text(folder / "articles.json", results.dumps(summary) + "\n")
+    files.write_text(folder / "articles.json", files.dumps(summary) + "\n")
     if args.json:
-        print(results.dumps(summary))
+        print(files.dumps(summary))
     else:
         print_report(verdicts)
         count = {word: sum(v.word == word for v in verdicts.values()) for word in COLOURS}
         words = ", ".join(f"{n} {word}" for word, n in count.items())
-        print(f"{len(verdicts)} claims: {words}; {summary['seconds']:.0f} s; figure and numbers in {folder}")
+        print(
+            f"{len(verdicts)} claims: {words}; {summary['seconds']:.0f} s; figure and numbers in {folder}"
+        )
     return 0
 
 

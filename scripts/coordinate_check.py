@@ -1,21 +1,23 @@
-"""The coordinate check of an MLP: which parametrisation keeps its activations and their changes when it grows?
+"""The coordinate check of an MLP: which parametrisation keeps its activations and their changes
+when it grows?
 
     python scripts/coordinate_check.py standard.png --parametrization standard      # fails: explodes with width
     python scripts/coordinate_check.py mup.png --parametrization mup                # passes
     python scripts/coordinate_check.py deep.png --parametrization mup --residual scaled --widths 128 --depths 2 4 8 16
 
-`make_model` below is what a check of your own model needs: copy it and put in your model, loss and optimiser. Three
-parametrisations (Yang & Hu 2021, arXiv 2011.14522; Yang et al. 2022, arXiv 2203.03466), n = width, with learning rates
-relative to those of `--base-width`:
+`make_model` below is what a check of your own model needs: copy it and put in your model, loss and
+optimiser. Three parametrisations (Yang & Hu 2021, arXiv 2011.14522; Yang et al. 2022, arXiv
+2203.03466), n = width, with learning rates relative to those of `--base-width`:
 
                  weights: read-in  hidden   read-out     learning rates: SGD                 Adam
     standard              N(0, 1 / fan_in) everywhere    1        1       1          1        1        1
     ntk                   N(0, 1) / sqrt(fan_in)         1        1       1          1        1        1
     mup                   1/sqrt(d) 1/sqrt(n) 1/n        n        1       1/n        1        1/n      1/n
 
-Residual blocks h + m W tanh(h) have m = 1, or with `--residual scaled` m = 1 / sqrt(depth) and Adam's hidden learning
-rate times the same (Yang et al. 2023, arXiv 2310.02244; Bordelon et al. 2023, arXiv 2309.16620). The default takes
-some ten seconds on two cores. Exit status: 0 where the check passes, 1 where it fails.
+Residual blocks h + m W tanh(h) have m = 1, or with `--residual scaled` m = 1 / sqrt(depth) and
+Adam's hidden learning rate times the same (Yang et al. 2023, arXiv 2310.02244; Bordelon et al.
+2023, arXiv 2309.16620). The default takes some ten seconds on two cores. Exit status: 0 where the
+check passes, 1 where it fails.
 """
 
 import functools
@@ -30,7 +32,7 @@ import matplotlib
 import optax
 import tyro
 
-from gradjax.coordinate import coordinate_check
+from gradjax.diagnosis.coordinate import coordinate_check
 
 matplotlib.use("Agg")
 
@@ -74,7 +76,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        kernel = self.param(
+            "kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features)
+        )
         return x @ kernel * jnp.asarray(self.multiplier, x.dtype)
 
 
@@ -90,7 +94,9 @@ class Block(nn.Module):
         branch = self.linear(h.shape[-1], name="branch")(jnp.tanh(h))
         if self.residual == "none":
             return branch
-        return h + branch / jnp.sqrt(jnp.asarray(self.depth if self.residual == "scaled" else 1, h.dtype))
+        return h + branch / jnp.sqrt(
+            jnp.asarray(self.depth if self.residual == "scaled" else 1, h.dtype)
+        )
 
 
 class MLP(nn.Module):
@@ -121,24 +127,34 @@ def learning_rates(check: Check, width: int, depth: int) -> dict[str, float]:
     factors = {"read_in": 1.0, "block": 1.0, "read_out": 1.0}
     if check.parametrization == "mup":
         adam = check.optimizer == "adam"
-        factors = {"read_in": 1.0 if adam else n, "block": 1 / n if adam else 1.0, "read_out": 1 / n}
+        factors = {
+            "read_in": 1.0 if adam else n,
+            "block": 1 / n if adam else 1.0,
+            "read_out": 1 / n,
+        }
     if check.residual == "scaled" and check.optimizer == "adam":
         factors["block"] *= depth**-0.5
     return factors
 
 
 def make_model(check: Check, width: int, depth: int, key: jax.Array):
-    """(loss_fn, params, tx) of one size; `coordinate_check` calls it with the last three arguments."""
+    """(loss_fn, params, tx) of one size; `coordinate_check` calls it with the last three
+    arguments.
+    """
     model = MLP(width, depth, check.parametrization, check.residual)
     params = model.init(key, jnp.zeros((1, INPUTS)))
 
     def loss_fn(params, x, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(params, x), labels
+        ).mean()
 
     factors = learning_rates(check, width, depth)
     optimizer = {"sgd": optax.sgd, "adam": optax.adam}[check.optimizer]
     rates = {name: optimizer(check.learning_rate * factor) for name, factor in factors.items()}
-    kinds = lambda tree: {"params": {k: jax.tree.map(lambda _, k=k: _kind(k), v) for k, v in tree["params"].items()}}
+    kinds = lambda tree: {
+        "params": {k: jax.tree.map(lambda _, k=k: _kind(k), v) for k, v in tree["params"].items()}
+    }
     return loss_fn, params, optax.multi_transform(rates, kinds)
 
 
@@ -149,7 +165,9 @@ def _kind(name: str) -> str:
 def batch(seed: int = 0) -> tuple[jax.Array, jax.Array]:
     """Gaussian inputs of rms 1 and random labels."""
     key_x, key_y = jax.random.split(jax.random.key(seed))
-    return jax.random.normal(key_x, (BATCH, INPUTS)), jax.random.randint(key_y, (BATCH,), 0, CLASSES)
+    return jax.random.normal(key_x, (BATCH, INPUTS)), jax.random.randint(
+        key_y, (BATCH,), 0, CLASSES
+    )
 
 
 def run(check: Check):
@@ -170,7 +188,7 @@ def main() -> int:
     found = run(check)
     print(found.to_json() if check.json else found)
     if check.output:
-        from gradjax.plots import coordinate_figure
+        from gradjax.report.coordinate import coordinate_figure
 
         skips = {"none": "", "plain": ", skips", "scaled": ", scaled skips"}[check.residual]
         title = f"{check.parametrization}, {check.optimizer}{skips}"

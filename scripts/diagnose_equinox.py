@@ -9,5 +9,7 @@ import gradjax
 
 digits = load_digits()
 model = eqx.nn.MLP(64, 10, width_size=128, depth=3, key=jax.random.key(0))
-loss = lambda model, x, y: optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), y).mean()
+loss = lambda model, x, y: optax.softmax_cross_entropy_with_integer_labels(
+    jax.vmap(model)(x), y
+).mean()
 print(gradjax.diagnose(loss, model, digits.data[:64] / 16, digits.target[:64]))

@@ -1,9 +1,10 @@
-"""A training that diverges at a known step and layer, and what `gradjax.Monitor` has to say about it.
+"""A training that diverges at a known step and layer, and what `gradjax.Monitor` has to say about
+it.
 
     python scripts/diverging.py runs/diverging
 
-From step 60 on the learning rate of layer 3 grows by a quarter per step: a schedule with the wrong sign. The warning
-comes before the loss rises; the crash file names the layer.
+From step 60 on the learning rate of layer 3 grows by a quarter per step: a schedule with the wrong
+sign. The warning comes before the loss rises; the crash file names the layer.
 """
 
 import functools
@@ -16,10 +17,14 @@ import optax
 import gradjax
 
 key = jax.random.key(0)
-params = {f"layer{i}": jax.random.normal(jax.random.fold_in(key, i), (32, 32)) / 4 for i in range(6)}
+params = {
+    f"layer{i}": jax.random.normal(jax.random.fold_in(key, i), (32, 32)) / 4 for i in range(6)
+}
 growing = lambda step: 0.02 * 1.25 ** jnp.maximum(step - 59.0, 0.0)
 rates = {"healthy": optax.sgd(0.02), "faulty": optax.sgd(growing)}
-tx = gradjax.watch(optax.multi_transform(rates, {k: "faulty" if k == "layer3" else "healthy" for k in params}))
+tx = gradjax.watch(
+    optax.multi_transform(rates, {k: "faulty" if k == "layer3" else "healthy" for k in params})
+)
 
 
 def loss_fn(params, x):

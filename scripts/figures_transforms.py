@@ -37,7 +37,9 @@ def loss(params, data):
 
 
 def train(tx, accident, num_steps=NUM_STEPS):
-    """Per step: the loss, and the norm of the first layer's update; `accident(grads, step)` spoils a gradient."""
+    """Per step: the loss, and the norm of the first layer's update; `accident(grads, step)` spoils
+    a gradient.
+    """
     params, teacher = init(jax.random.key(0)), init(jax.random.key(1))
 
     def step(carry, k):
@@ -86,12 +88,19 @@ def clipping(path):
         out = jax.vmap(lambda g, rule=rule: rule.update(g, rule.init(g))[0])(grads)
         norms = np.linalg.norm(np.asarray(out, np.float64), axis=1)
         axes[0].loglog(sizes * np.sqrt(8), np.where(norms > 0, norms, 1e-44), style, label=name)
-    axes[0].set(xlabel="norm of the gradient", ylabel="norm of the update", title="float32; at the bottom: zero")
+    axes[0].set(
+        xlabel="norm of the gradient",
+        ylabel="norm of the update",
+        title="float32; at the bottom: zero",
+    )
     axes[0].title.set_fontsize(10)
     axes[0].set_ylim(1e-46, 1e8)
     axes[0].legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.42, 0.12))
     sgd = lambda: optax.sgd(0.1, momentum=0.9)
-    rules = {"clip_by_global_norm": gt.clip_by_global_norm(1.0), "clip_by_layer_norm": gt.clip_by_layer_norm(1.0)}
+    rules = {
+        "clip_by_global_norm": gt.clip_by_global_norm(1.0),
+        "clip_by_layer_norm": gt.clip_by_layer_norm(1.0),
+    }
     rules |= {"zclip": gt.zclip(), "adaptive_grad_clip": gt.adaptive_grad_clip(0.05)}
     runs = [("no clipping", train(sgd(), spoil(1e6))[0])]
     runs += [(name, train(optax.chain(rule, sgd()), spoil(1e6))[0]) for name, rule in rules.items()]
@@ -110,7 +119,12 @@ def guards(path):
     runs = [("Adam: 0 for good", train(adam(), spoil(1e23))[1])]
     runs += [(name, train(guard(adam()), spoil(1e23))[1]) for name, guard in wrap.items()]
     runs = [(name, np.maximum(values, 1e-9)) for name, values in runs]
-    panel(axes[1], runs, "first layer's gradient times 1e23: its moments overflow", "norm of its update")
+    panel(
+        axes[1],
+        runs,
+        "first layer's gradient times 1e23: its moments overflow",
+        "norm of its update",
+    )
     save(figure, path)
 
 
@@ -118,7 +132,9 @@ def schedules(path):
     steps = jnp.arange(1000)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     peaks = jnp.geomspace(1e-3, 1e-1, 5)
-    cosine = jax.vmap(lambda p: jax.vmap(gt.warmup_cosine_decay_schedule(0.0, p, 100, 1000, p / 100))(steps))(peaks)
+    cosine = jax.vmap(
+        lambda p: jax.vmap(gt.warmup_cosine_decay_schedule(0.0, p, 100, 1000, p / 100))(steps)
+    )(peaks)
     axes[0].semilogy(steps[1:], cosine.T[1:], "C0")
     axes[0].set(title="five peaks in one vmapped program", xlabel="step", ylabel="learning rate")
     for name, schedule in {
@@ -143,7 +159,11 @@ def projections(path):
         axis.plot(bound(rule), label=name)
     axis.axhline(1.5, color="0.8", zorder=0)
     axis.set_ylim(1.35, 2.6)
-    axis.set(title="largest singular value of the middle layer, SGD at 0.3", xlabel="step", ylabel="sigma")
+    axis.set(
+        title="largest singular value of the middle layer, SGD at 0.3",
+        xlabel="step",
+        ylabel="sigma",
+    )
     axis.title.set_fontsize(10)
     axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=3)
     save(figure, path)
@@ -155,12 +175,16 @@ def train_norms(tx, num_steps=200):
     def step(carry, k):
         params, state = carry
         x = jax.random.normal(jax.random.key(k), (64, 8))
-        grads = jax.grad(loss)(params, (x, 3 * jnp.tanh(jnp.tanh(x @ teacher[0]) @ teacher[1]) @ teacher[2]))
+        grads = jax.grad(loss)(
+            params, (x, 3 * jnp.tanh(jnp.tanh(x @ teacher[0]) @ teacher[1]) @ teacher[2])
+        )
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), jnp.linalg.norm(params[1], 2)
 
-    return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), jnp.arange(num_steps))[1])()
+    return jax.jit(
+        lambda: jax.lax.scan(step, (params, tx.init(params)), jnp.arange(num_steps))[1]
+    )()
 
 
 def save(figure, path):

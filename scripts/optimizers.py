@@ -3,21 +3,24 @@
     python scripts/optimizers.py
     python scripts/optimizers.py configs/chaotic_tanh_mlp.toml adam sgd --seeds 16 --target 0.8
 
-The network is that of a config (default: 20 ReLU layers at 1.41 times He's scale, whose gradient grows by a factor of
-700 on its way back). Every optimiser is trained at learning rates of its own, with clip_by_global_norm at `--max-norm`
-and without, over the same seeds and batches, and judged at the rate that is best by validation (an interval is that of
-one rate, not of the best of five); a rate printed with `*` is at the end of its grid. Without clipping is a threshold
-that no norm reaches, so that both share a compiled program: one per optimiser.
+The network is that of a config (default: 20 ReLU layers at 1.41 times He's scale, whose gradient
+grows by a factor of 700 on its way back). Every optimiser is trained at learning rates of its own,
+with clip_by_global_norm at `--max-norm` and without, over the same seeds and batches, and judged at
+the rate that is best by validation (an interval is that of one rate, not of the best of five); a
+rate printed with `*` is at the end of its grid. Without clipping is a threshold that no norm
+reaches, so that both share a compiled program: one per optimiser.
 
-L-BFGS measures secant pairs of one loss, so it takes the whole training split at every step and a tenth of the steps
-(each is 20 batches, times up to 20 evaluations of its line search); its direction is clipped, not its gradient.
-Coordinate descent moves one layer at a time, in turn.
+L-BFGS measures secant pairs of one loss, so it takes the whole training split at every step and a
+tenth of the steps (each is 20 batches, times up to 20 evaluations of its line search); its
+direction is clipped, not its gradient. Coordinate descent moves one layer at a time, in turn.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: more threads stall on small matrices
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # before numpy: more threads stall on small matrices
 
 import argparse
 import sys
@@ -30,13 +33,15 @@ import numpy as np
 import xarray as xr
 
 import gradjax
-from gradjax import config, results
-from gradjax.config import Experiment
+from gradjax.experiment import config
+from gradjax.experiment.schema import Experiment
+from gradjax.report import files
 
 NO_LIMIT = 1e38  # a threshold that no norm reaches
 KINDS = {"without": NO_LIMIT, "with clipping": None}
 
-# name -> learning rates without and with clipping: five around what was best in trials on the default network
+# name -> learning rates without and with clipping: five around what was best in trials on the
+# default network
 RATES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "sgd": ((1e-6, 1e-5, 1e-4, 3e-4, 1e-3), (0.01, 0.03, 0.1, 0.3, 1.0)),
     "momentum": ((1e-7, 1e-6, 1e-5, 1e-4, 3e-4), (0.003, 0.01, 0.03, 0.1, 0.3)),
@@ -84,15 +89,24 @@ class Result(NamedTuple):
         return int((self.ds["diverged_at"].values >= 0).sum())
 
 
-def experiments(base: Experiment, names: Sequence[str], max_norm: float) -> dict[tuple[str, str, float], Experiment]:
+def experiments(
+    base: Experiment, names: Sequence[str], max_norm: float
+) -> dict[tuple[str, str, float], Experiment]:
     """(optimiser, kind, rate) -> experiment."""
     found = {}
     for name in names:
-        values: dict[str, Any] = {"optimizer.name": name, "optimizer.clipping": "clip_by_global_norm"}
+        values: dict[str, Any] = {
+            "optimizer.name": name,
+            "optimizer.clipping": "clip_by_global_norm",
+        }
         values |= {"optimizer.momentum": None, "optimizer.b2": None}  # each its own
         if name == "lbfgs":
             steps = max(base.train.num_steps // 10, 1)
-            values |= {"train.full_batch": True, "train.num_steps": steps, "train.eval_every": max(steps // 15, 1)}
+            values |= {
+                "train.full_batch": True,
+                "train.num_steps": steps,
+                "train.eval_every": max(steps // 15, 1),
+            }
         for (kind, limit), rates in zip(KINDS.items(), RATES[name], strict=True):
             for rate in rates:
                 more = {"optimizer.max_norm": limit or max_norm, "optimizer.learning_rate": rate}
@@ -101,13 +115,18 @@ def experiments(base: Experiment, names: Sequence[str], max_norm: float) -> dict
 
 
 def at_best(found: Mapping[tuple[str, str, float], xr.Dataset]) -> list[Result]:
-    """One result per optimiser and kind: at the rate of the best share, then of the best validation score."""
+    """One result per optimiser and kind: at the rate of the best share, then of the best validation
+    score.
+    """
     groups: dict[tuple[str, str], dict[float, xr.Dataset]] = {}
     for (name, kind, rate), ds in found.items():
         groups.setdefault((name, kind), {})[rate] = ds
     chosen = []
     for (name, kind), runs in groups.items():
-        score = lambda rate, runs=runs: (float(runs[rate]["trained"].mean()), float(runs[rate]["final_score"].mean()))
+        score = lambda rate, runs=runs: (
+            float(runs[rate]["trained"].mean()),
+            float(runs[rate]["final_score"].mean()),
+        )
         rate = max(runs, key=score)
         chosen.append(Result(name, kind, rate, rate in (min(runs), max(runs)), runs[rate]))
     return sorted(chosen, key=lambda r: (-r.share.value, -r.test.value))
@@ -120,9 +139,24 @@ def print_table(found: Sequence[Result]) -> None:
     from rich.table import Table
 
     title = "Optimisers at their best rates, best first"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
-    for heading in ("optimiser", "clipping", "rate", "trained", "95% interval", "test accuracy", "steps", "lost"):
-        table.add_column(heading, justify="left" if heading in ("optimiser", "clipping") else "right", no_wrap=True)
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False
+    )
+    for heading in (
+        "optimiser",
+        "clipping",
+        "rate",
+        "trained",
+        "95% interval",
+        "test accuracy",
+        "steps",
+        "lost",
+    ):
+        table.add_column(
+            heading,
+            justify="left" if heading in ("optimiser", "clipping") else "right",
+            no_wrap=True,
+        )
     for r in found:
         share, test, at = r.share, r.test, r.ds["trained_at"].values
         steps = f"{np.median(at[at >= 0]):.0f}" if (at >= 0).any() else "-"
@@ -138,7 +172,9 @@ PAIR = {"without": "#d55e00", "with clipping": "#0072b2"}
 
 
 def figure(found: Sequence[Result], target: float, title: str) -> Any:
-    """Shares with Wilson's intervals on the left; learning curves, a panel per optimiser, on the right."""
+    """Shares with Wilson's intervals on the left; learning curves, a panel per optimiser, on the
+    right.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,9 +183,16 @@ def figure(found: Sequence[Result], target: float, title: str) -> Any:
     names = list(dict.fromkeys(r.name for r in found))
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    style: Any = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+    }
     with plt.rc_context(style | {"grid.color": "#e6e6e6", "legend.frameon": False}):
-        fig = plt.figure(figsize=(4.4 + 2.3 * columns, max(4.2, 2.1 * lines + 0.6)), layout="constrained")
+        fig = plt.figure(
+            figsize=(4.4 + 2.3 * columns, max(4.2, 2.1 * lines + 0.6)), layout="constrained"
+        )
         grid = fig.add_gridspec(lines, columns + 1, width_ratios=(1.7, *[1] * columns))
         _shares(fig.add_subplot(grid[:, 0]), found, names, target)
         first = None
@@ -184,23 +227,43 @@ def _shares(ax: Any, found: Sequence[Result], names: Sequence[str], target: floa
 def _curves(ax: Any, pair: Sequence[Result], target: float) -> None:
     """Median validation accuracy, and the band of all seeds."""
     for r in pair:
-        values, steps = r.ds["validation_score"].transpose("seed", ...).values, r.ds["evaluation"].values
+        values, steps = (
+            r.ds["validation_score"].transpose("seed", ...).values,
+            r.ds["evaluation"].values,
+        )
         ax.fill_between(steps, values.min(0), values.max(0), color=PAIR[r.kind], alpha=0.18, lw=0)
-        ax.plot(steps, np.median(values, 0), color=PAIR[r.kind], lw=1.6, label=f"{r.kind}, {r.rate:g}")
+        ax.plot(
+            steps, np.median(values, 0), color=PAIR[r.kind], lw=1.6, label=f"{r.kind}, {r.rate:g}"
+        )
     ax.axhline(target, color="#767676", lw=0.8, ls="--")
     ax.set_ylim(0, 1)
     ax.legend(fontsize=7.5, loc="upper left")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default="configs/clip_threshold.toml", help="TOML file of the network")
-    parser.add_argument("names", nargs="*", metavar="OPTIMISER", help=f"some of {', '.join(RATES)}; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", nargs="?", default="configs/clip_threshold.toml", help="TOML file of the network"
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="OPTIMISER", help=f"some of {', '.join(RATES)}; default: all"
+    )
     parser.add_argument("--seeds", type=int, default=8, help="default 8")
     parser.add_argument("--steps", type=int, default=300, help="training steps; default 300")
-    parser.add_argument("--target", type=float, default=0.6, help="validation accuracy of a trained seed; default 0.6")
-    parser.add_argument("--max-norm", type=float, default=1.0, help="threshold of the clipping; default 1")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument(
+        "--target",
+        type=float,
+        default=0.6,
+        help="validation accuracy of a trained seed; default 0.6",
+    )
+    parser.add_argument(
+        "--max-norm", type=float, default=1.0, help="threshold of the clipping; default 1"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object in place of the table"
+    )
     parser.add_argument("--output", default="runs", help="folder of the run folder; default: runs")
     args = parser.parse_args(arguments)
     for name in args.names:
@@ -208,7 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unknown optimiser {name!r}; allowed: {', '.join(RATES)}")
     try:
         base = config.load(args.config)
-        values = {"train.num_seeds": args.seeds, "train.num_steps": args.steps, "train.target": args.target}
+        values = {
+            "train.num_seeds": args.seeds,
+            "train.num_steps": args.steps,
+            "train.target": args.target,
+        }
         base = config.replace(base, values | {"train.eval_every": max(args.steps // 15, 1)})
         wanted = experiments(base, args.names or list(RATES), args.max_norm)
         for experiment in wanted.values():
@@ -220,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with articles.progress_bar() as tell:
         found = gradjax.compare({str(key): e for key, e in wanted.items()}, progress=tell.event)
     best = at_best({key: found[str(key)] for key in wanted})
-    folder = results.run_folder(args.output, "optimizers")
+    folder = files.run_folder(args.output, "optimizers")
     m = base.model
     title = f"{m.depth} x {m.width} {m.activation}, sigma_w = {m.sigma_w:g}: optimisers at their best learning rates"
     fig = figure(best, args.target, title)
@@ -243,12 +310,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "trainings": sum(ds.sizes["seed"] for ds in found.values()),
         "seconds": round(time.perf_counter() - began, 1),
         "folder": str(folder),
-        "versions": results.provenance(),
+        "versions": files.provenance(),
     }
-    results.write_text(folder / "optimizers.json", results.dumps(summary) + "\n")
-    results.write_text(folder / "config.toml", config.to_toml(base))
+    files.write_text(folder / "optimizers.json", files.dumps(summary) + "\n")
+    files.write_text(folder / "config.toml", config.to_toml(base))
     if args.json:
-        print(results.dumps(summary))
+        print(files.dumps(summary))
     else:
         print_table(best)
         print(

@@ -4,15 +4,18 @@
     python scripts/reproduce.py newman1986 saxe2013_eigenvalues
     python scripts/reproduce.py --tier 1 --seed 1 --json
 
-Each figure (a module of `scripts/papers/`) runs in a worker process, is written to a run folder as dataset and picture,
-and its claims are checked against the dataset as it was read back. Exit status: 0 where every claim passes, 1 where one
-fails or a figure raises, 2 for input that cannot be used.
+Each figure (a module of `scripts/papers/`) runs in a worker process, is written to a run folder as
+dataset and picture, and its claims are checked against the dataset as it was read back. Exit
+status: 0 where every claim passes, 1 where one fails or a figure raises, 2 for input that cannot be
+used.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: more threads stall on small matrices
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # before numpy: more threads stall on small matrices
 
 import argparse
 import dataclasses
@@ -29,10 +32,12 @@ from typing import Any
 
 from papers import common
 
-from gradjax import results
+from gradjax.report import files
 
 
-def reproduce(name: str, folder: Path, seed: int | None = None, small: bool = False, dpi: int = 120) -> dict[str, Any]:
+def reproduce(
+    name: str, folder: Path, seed: int | None = None, small: bool = False, dpi: int = 120
+) -> dict[str, Any]:
     """Run one figure, write `<name>.nc` and `<name>.png`, and judge it.
 
     Args:
@@ -41,7 +46,8 @@ def reproduce(name: str, folder: Path, seed: int | None = None, small: bool = Fa
         seed: in place of the config's; small: its sizes for tests; dpi: of the picture.
 
     Returns:
-        {name, title, seconds, cpu_seconds, claims: [...], error}; `error` is the traceback of what was raised, or "".
+        {name, title, seconds, cpu_seconds, claims: [...], error}; `error` is the traceback of what
+        was raised, or "".
     """
     wall, cpu = time.perf_counter(), time.process_time()
     row: dict[str, Any] = {"name": name, "title": "", "claims": [], "error": ""}
@@ -52,9 +58,9 @@ def reproduce(name: str, folder: Path, seed: int | None = None, small: bool = Fa
         if seed is not None:
             config = dataclasses.replace(config, seed=seed)
         attributes = {"config": json.dumps(dataclasses.asdict(config))}
-        attributes |= {f"version_{key}": value for key, value in results.provenance().items()}
-        path = results.save(figure.run(config).assign_attrs(attributes), folder / f"{name}.nc")
-        ds = results.load(path)  # what is drawn and judged is what is on disk
+        attributes |= {f"version_{key}": value for key, value in files.provenance().items()}
+        path = files.save(figure.run(config).assign_attrs(attributes), folder / f"{name}.nc")
+        ds = files.load(path)  # what is drawn and judged is what is on disk
         figure.plot(ds).savefig(folder / f"{name}.png", dpi=dpi)
         row["claims"] = [dataclasses.asdict(claim) for claim in figure.check(ds)]
     except Exception:
@@ -66,7 +72,9 @@ def reproduce(name: str, folder: Path, seed: int | None = None, small: bool = Fa
 
 def ok(row: dict[str, Any]) -> bool:
     """Whether a figure ran and every claim of it passed; a figure without claims shows nothing."""
-    return not row["error"] and bool(row["claims"]) and all(claim["passed"] for claim in row["claims"])
+    return (
+        not row["error"] and bool(row["claims"]) and all(claim["passed"] for claim in row["claims"])
+    )
 
 
 def run_all(names: Sequence[str], folder: Path, jobs: int, **options: Any) -> list[dict[str, Any]]:
@@ -74,7 +82,12 @@ def run_all(names: Sequence[str], folder: Path, jobs: int, **options: Any) -> li
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     rows = {}
     # spawn: JAX's threads do not survive a fork
     with (
@@ -86,12 +99,16 @@ def run_all(names: Sequence[str], folder: Path, jobs: int, **options: Any) -> li
         for future in as_completed(futures):
             row = future.result()
             rows[row["name"]] = row
-            progress.console.print(f"{'ok  ' if ok(row) else 'FAIL'} {row['name']}, {row['seconds']:.1f} s")
+            progress.console.print(
+                f"{'ok  ' if ok(row) else 'FAIL'} {row['name']}, {row['seconds']:.1f} s"
+            )
             progress.advance(bar)
     return [rows[name] for name in names]
 
 
-def report(rows: Sequence[dict[str, Any]], seed: int | None, folder: Path, seconds: float) -> dict[str, Any]:
+def report(
+    rows: Sequence[dict[str, Any]], seed: int | None, folder: Path, seconds: float
+) -> dict[str, Any]:
     """The whole run as one dictionary, for `claims.json` and `--json`."""
     claims = [claim for row in rows for claim in row["claims"]]
     return {
@@ -103,7 +120,7 @@ def report(rows: Sequence[dict[str, Any]], seed: int | None, folder: Path, secon
         "seed": seed,
         "seconds": round(seconds, 1),
         "folder": str(folder),
-        "versions": results.provenance(),
+        "versions": files.provenance(),
         "results": list(rows),
     }
 
@@ -122,7 +139,13 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     console = Console()
     for row in rows:
         title = f"{row['title'] or row['name']} [{row['seconds']:.1f} s]"
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=escape(title), title_justify="left", expand=True)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title=escape(title),
+            title_justify="left",
+            expand=True,
+        )
         table.add_column("claim", ratio=1)
         for heading in ("measured", "expected"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -156,15 +179,25 @@ def cores() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="figures; all of them where none is named")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="figures; all of them where none is named"
+    )
     parser.add_argument("--list", action="store_true", help="list the figures and stop")
     parser.add_argument("--tier", type=int, choices=(1, 2), help="only figures of this tier")
     parser.add_argument("--seed", type=int, help="in place of the seed 0 of every figure")
-    parser.add_argument("--small", action="store_true", help="the sizes of the tests: seconds, weaker claims")
-    parser.add_argument("--jobs", type=int, default=cores(), help="worker processes; default: one per core")
+    parser.add_argument(
+        "--small", action="store_true", help="the sizes of the tests: seconds, weaker claims"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=cores(), help="worker processes; default: one per core"
+    )
     parser.add_argument("--dpi", type=int, default=120, help="of the pictures; default: 120")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object in place of the table"
+    )
     parser.add_argument("--output", default="runs", help="folder of the run folder; default: runs")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
@@ -179,12 +212,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     start = time.perf_counter()
-    folder = results.run_folder(args.output, "reproduce")
-    rows = run_all(names, folder, min(args.jobs, len(names)), seed=args.seed, small=args.small, dpi=args.dpi)
+    folder = files.run_folder(args.output, "reproduce")
+    rows = run_all(
+        names, folder, min(args.jobs, len(names)), seed=args.seed, small=args.small, dpi=args.dpi
+    )
     summary = report(rows, args.seed, folder, time.perf_counter() - start)
-    results.write_text(folder / "claims.json", results.dumps(summary) + "\n")
+    files.write_text(folder / "claims.json", files.dumps(summary) + "\n")
     if args.json:
-        print(results.dumps(summary))
+        print(files.dumps(summary))
     else:
         print_table(rows)
         print(

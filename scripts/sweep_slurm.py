@@ -3,8 +3,9 @@
     python scripts/sweep_slurm.py configs/clip_threshold.toml --processes 8 --gpus 1 --minutes 240 --partition gpu
     python scripts/sweep_slurm.py configs/clip_threshold.toml --processes 2 --local       # on this machine
 
-Every process runs `gradjax sweep CONFIG --resume`: blocks that are finished are skipped, one that was interrupted goes
-on from its checkpoint, with the same bits. Copy it and change what your cluster wants (account, constraint, container).
+Every process runs `gradjax sweep CONFIG --resume`: blocks that are finished are skipped, one that
+was interrupted goes on from its checkpoint, with the same bits. Copy it and change what your
+cluster wants (account, constraint, container).
 """
 
 import os
@@ -18,7 +19,9 @@ import tyro
 
 @dataclass(frozen=True)
 class Sweep:
-    """One process of the sweep; submitit pickles it, runs it, and asks `checkpoint` what to do after a preemption."""
+    """One process of the sweep; submitit pickles it, runs it, and asks `checkpoint` what to do
+    after a preemption.
+    """
 
     args: tuple[str, ...]
     port: int = 0
@@ -30,7 +33,7 @@ class Sweep:
             os.environ["JAX_COORDINATOR_ADDRESS"] = f"{task.hostnames[0]}:{self.port}"
             os.environ["JAX_NUM_PROCESSES"] = str(task.num_tasks)
             os.environ["JAX_PROCESS_ID"] = str(task.global_rank)
-        from gradjax.cli import main
+        from gradjax.cli.main import main
 
         status = main(["sweep", *self.args, "--resume"])
         if status:

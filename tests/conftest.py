@@ -21,7 +21,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """What a module has compiled is of no use to the next one, and of all modules together it is gigabytes."""
+    """What a module has compiled is of no use to the next one, and of all modules together it is
+    gigabytes."""
     yield
     jax.clear_caches()
 
@@ -34,13 +35,15 @@ def key():
 
 @pytest.fixture
 def report(record_property):
-    """`report(name, error)`: the figure stands in the summary at the end of the run, through xdist too."""
+    """`report(name, error)`: the figure stands in the summary at the end of the run, through xdist
+    too."""
     # a plain float: xdist cannot send NumPy's numbers, and dies of them
     return lambda name, error: record_property(f"error: {name}", float(error))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The errors that the tests measured: the largest of each kind, which is its name up to a colon."""
+    """The errors that the tests measured: the largest of each kind, which is its name up to a
+    colon."""
     largest = {}
     for test in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in test.user_properties if test.when == "call" else ():

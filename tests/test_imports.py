@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gradjax"
 
-# module or subpackage -> what it may import of gradjax. A name may import itself (a subpackage's files).
+# module or subpackage -> what it may import of gradjax. A name may import itself (a subpackage's
+# files).
 MAY_IMPORT = {
     # what is measured: no model, no config
     "scale": set(),
@@ -39,14 +40,42 @@ MAY_IMPORT = {
     "optimizers": {"config", "transforms"},
     "remedies": {"tasks", "config", "meanfield", "models"},
     "grid": {"config"},
-    "training": {"config", "models", "pretraining", "step", "tasks", "optimizers", "transforms", "scale"},
+    "training": {
+        "config",
+        "models",
+        "pretraining",
+        "step",
+        "tasks",
+        "optimizers",
+        "transforms",
+        "scale",
+    },
     # what is run and written down
     "checkpoint": set(),
     "results": {"config"},
     "alarm": set(),
     "monitor": {"alarm", "transforms", "results"},
-    "diagnosis": {"evidence", "rules", "results", "matrix_free", "scale", "taps", "transforms", "plots"},
-    "measure": {"config", "models", "training", "tasks", "step", "spectrum", "theory", "evidence", "diagnosis"},
+    "diagnosis": {
+        "evidence",
+        "rules",
+        "results",
+        "matrix_free",
+        "scale",
+        "taps",
+        "transforms",
+        "plots",
+    },
+    "measure": {
+        "config",
+        "models",
+        "training",
+        "tasks",
+        "step",
+        "spectrum",
+        "theory",
+        "evidence",
+        "diagnosis",
+    },
     "program": {"config", "models", "tasks", "training"},
     "ablation": {
         "config",
@@ -66,7 +95,18 @@ MAY_IMPORT = {
     "plots": set(),
     "plots_cure": {"plots"},
     "report": {"config", "results", "plots", "diagnosis"},
-    "cli": {"config", "grid", "measure", "diagnosis", "remedies", "ablation", "cure", "results", "plots", "plots_cure"}
+    "cli": {
+        "config",
+        "grid",
+        "measure",
+        "diagnosis",
+        "remedies",
+        "ablation",
+        "cure",
+        "results",
+        "plots",
+        "plots_cure",
+    }
     | {"report", "tasks"},
     "__main__": {"cli"},
 }
@@ -74,7 +114,17 @@ MAY_IMPORT = {
 # third-party packages that only some files may name
 ONLY_IN = {
     "flax": {"models", "taps"},
-    "xarray": {"ablation", "results", "plots", "plots_cure", "report", "measure", "diagnosis", "coordinate", "cure"},
+    "xarray": {
+        "ablation",
+        "results",
+        "plots",
+        "plots_cure",
+        "report",
+        "measure",
+        "diagnosis",
+        "coordinate",
+        "cure",
+    },
     "matplotlib": {"plots", "plots_cure", "cli"},  # the command line chooses the backend
     "optax": {"transforms", "optimizers", "training", "measure", "coordinate", "diagnosis"},
     "orbax": {"checkpoint"},
@@ -125,7 +175,8 @@ def imported(path: Path) -> list[tuple[int, str]]:
             origin = ".".join(part for part in (base, node.module) if part)
             # `from gradjax import step` names a module only in its second half
             found += [
-                (node.lineno, f"{origin}.{alias.name}" if origin == "gradjax" else origin) for alias in node.names
+                (node.lineno, f"{origin}.{alias.name}" if origin == "gradjax" else origin)
+                for alias in node.names
             ]
     return found
 
@@ -145,7 +196,9 @@ def test_imports_run_one_way(path):
             below = rest[0] if rest else "__version__"  # `import gradjax` serves its version alone
             if below in ("__version__", me):
                 continue
-            assert below in MAY_IMPORT[me], f"{where}; {me} may import {sorted(MAY_IMPORT[me]) or 'nothing'}."
+            assert below in MAY_IMPORT[me], (
+                f"{where}; {me} may import {sorted(MAY_IMPORT[me]) or 'nothing'}."
+            )
         elif top in ONLY_IN:
             assert me in ONLY_IN[top], f"{where}; only {sorted(ONLY_IN[top])} may use {top}."
         elif me in BARE and top not in sys.stdlib_module_names:
@@ -178,7 +231,7 @@ def test_help_loads_nothing_heavy():
     ask = "\n".join(
         [
             "sys.argv = ['gradjax', '--help']",
-            "from gradjax.cli import main",
+            "from gradjax.cli.main import main",
             "try:",
             "    main()",
             "except SystemExit as stop:",

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import gradjax
-from gradjax.rules import CAUSAL
+from gradjax.diagnosis.rules import CAUSAL
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = sorted((README.parent / "docs").glob("*.md"))

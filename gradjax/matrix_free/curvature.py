@@ -2,9 +2,9 @@
 
     H = d^2 loss / d params^2,   G = J^T (d^2 loss / d f^2) J,   J = d f / d params,   sharpness = lambda_max(H)
 
-Gradient descent at rate eta is unstable on a quadratic of sharpness above 2 / eta; training drives the sharpness there
-(Cohen, Kaur, Li, Kolter, Talwalkar, arXiv:2103.00065, 2021). Each operator is linearised once: a product costs about
-two gradients and holds their residuals.
+Gradient descent at rate eta is unstable on a quadratic of sharpness above 2 / eta; training drives
+the sharpness there (Cohen, Kaur, Li, Kolter, Talwalkar, arXiv:2103.00065, 2021). Each operator is
+linearised once: a product costs about two gradients and holds their residuals.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,14 @@ def _check_scalar(name: str, loss: Callable, *args: PyTree) -> None:
         )
     out = jax.eval_shape(loss, *args)
     if getattr(out, "shape", None) != ():
-        raise ValueError(f"{name}: the loss returns {out}; a scalar of shape () is needed. Take its mean or sum.")
+        raise ValueError(
+            f"{name}: the loss returns {out}; a scalar of shape () is needed. Take its mean or sum."
+        )
 
 
 def hessian_operator(loss: Callable[..., Array], params: PyTree, *args: PyTree) -> Operator:
-    """v -> H v, H = d^2 loss / d params^2 at (params, *args), forward over reverse (Pearlmutter 1994).
+    """v -> H v, H = d^2 loss / d params^2 at (params, *args), forward over reverse (Pearlmutter
+    1994).
 
     Args:
       loss: (params, *args) -> ().
@@ -54,7 +57,8 @@ def hessian_operator(loss: Callable[..., Array], params: PyTree, *args: PyTree) 
 def gauss_newton_operator(
     model: Callable[..., PyTree], loss: Callable[[PyTree], Array], params: PyTree, *args: PyTree
 ) -> Operator:
-    """v -> G v, the generalised Gauss-Newton matrix of loss(model(params, *args)); positive semi-definite.
+    """v -> G v, the generalised Gauss-Newton matrix of loss(model(params, *args)); positive
+    semi-definite.
 
     Args:
       model: (params, *args) -> outputs, a pytree.
@@ -66,7 +70,8 @@ def gauss_newton_operator(
       ValueError: parameters or outputs that are not floating, a loss that is not a scalar.
 
     References:
-      Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Comp. 14, 2002.
+      Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural
+      Comp. 14, 2002.
     """
     _check_scalar("gauss_newton_operator", lambda p: loss(model(p, *args)), params)
     outputs, pull = jax.vjp(lambda p: model(p, *args), params)
@@ -85,7 +90,8 @@ def sharpness(
     num_iters: int = 10,
     tol: float = 1e-5,
 ) -> TopEigenvalues:
-    """The largest eigenvalue of the loss's Hessian, its vector (like params) and its residual, by block Krylov.
+    """The largest eigenvalue of the loss's Hessian, its vector (like params) and its residual, by
+    block Krylov.
 
     Args:
       loss, params, args: as in `hessian_operator`.
@@ -105,5 +111,7 @@ def sharpness(
     """
     _check_scalar("sharpness", loss, params, *args)
     operator = hessian_operator(loss, params, *args)
-    top = top_eigenvalues(operator, params, key=key, block_size=block_size, num_iters=num_iters, tol=tol)
+    top = top_eigenvalues(
+        operator, params, key=key, block_size=block_size, num_iters=num_iters, tol=tol
+    )
     return jax.tree.map(lambda x: x[0], top)

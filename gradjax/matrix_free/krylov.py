@@ -1,4 +1,6 @@
-"""The largest singular values of a Jacobian and eigenvalues of a symmetric operator, by block Krylov methods."""
+"""The largest singular values of a Jacobian and eigenvalues of a symmetric operator, by block
+Krylov methods.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gradjax import scale
+from gradjax.core import scale
+from gradjax.core.step import Links, Step
 from gradjax.matrix_free import rows
 from gradjax.matrix_free.rows import Operator, apply, size
-from gradjax.step import Links, Step
 
 PyTree = Any
 
@@ -18,17 +20,23 @@ PyTree = Any
 class TopSingular(NamedTuple):
     """The largest singular values of J, descending, with their vectors and what they are worth."""
 
-    log_singular_values: Array  # (k,) nats, to 1e-7 of itself (float32); for more digits mantissa * 2^exponent
+    log_singular_values: (
+        Array  # (k,) nats, to 1e-7 of itself (float32); for more digits mantissa * 2^exponent
+    )
     mantissa: Array  # (k,) sigma_i = mantissa_i * 2^exponent
     exponent: Array  # () int32
     left: PyTree  # (k, ...) u_i, orthonormal, like the last state
     right: PyTree  # (k, ...) v_i, orthonormal, like h0
     residual: Array  # (k,) ||J^T u_i - sigma_i v_i|| / sigma_i: a singular value lies within residual * sigma_i
-    converged: Array  # (k,) bool: residual^2, the estimated relative error of sigma_i, is at most tol
+    converged: (
+        Array  # (k,) bool: residual^2, the estimated relative error of sigma_i, is at most tol
+    )
 
 
 class TopEigenvalues(NamedTuple):
-    """The most positive eigenvalues of a symmetric operator, descending; no leading axis from `sharpness`."""
+    """The most positive eigenvalues of a symmetric operator, descending; no leading axis from
+    `sharpness`.
+    """
 
     eigenvalues: Array  # (k,)
     vectors: PyTree  # (k, ...) orthonormal, like the operator's argument
@@ -36,19 +44,32 @@ class TopEigenvalues(NamedTuple):
     converged: Array  # (k,) bool: residual^2, the estimated relative error, is at most tol
 
 
-def _krylov(name: str, image_of: Callable, n: int, k: int, key: Array, block_size: int | None, num_iters: int):
-    """Orthonormal rows (m, n) of the Krylov space of a random block, and what `image_of(rows)[1]` kept of each block.
+def _krylov(
+    name: str,
+    image_of: Callable,
+    n: int,
+    k: int,
+    key: Array,
+    block_size: int | None,
+    num_iters: int,
+):
+    """Orthonormal rows (m, n) of the Krylov space of a random block, and what `image_of(rows)[1]`
+    kept of each block.
 
     Where the blocks would fill the space the basis is the identity. It carries no derivative: at a singular vector
     the value's first derivative is that of the operator alone.
     """
     if not 1 <= k <= n:
-        raise ValueError(f"{name}: k is {k}; the operator has rank at most {n}, so 1 <= k <= {n} is needed.")
+        raise ValueError(
+            f"{name}: k is {k}; the operator has rank at most {n}, so 1 <= k <= {n} is needed."
+        )
     if num_iters < 0:
         raise ValueError(f"{name}: num_iters is {num_iters}; at least 0 is needed.")
     block_size = max(k, 8) if block_size is None else block_size
     if block_size < k:
-        raise ValueError(f"{name}: block_size is {block_size}, below k = {k}; leave it out or give at least {k}.")
+        raise ValueError(
+            f"{name}: block_size is {block_size}, below k = {k}; leave it out or give at least {k}."
+        )
     if block_size * (num_iters + 1) >= n:
         return jnp.eye(n), jax.tree.map(lambda x: x[None], image_of(jnp.eye(n))[1])
 
@@ -58,9 +79,12 @@ def _krylov(name: str, image_of: Callable, n: int, k: int, key: Array, block_siz
         image, kept = image_of(block)
         before = basis.reshape(-1, n)
         block = rows.orthonormal(lax.stop_gradient(image))
-        # Where the space is exhausted nothing is left but rounding errors, along the basis itself: a random direction
-        # above them keeps the basis orthonormal, and below 1e-6 it moves no Ritz value.
-        fresh = random(jax.random.fold_in(key, index)) * (10.0 * jnp.finfo(block.dtype).eps / n**0.5)
+        # Where the space is exhausted nothing is left but rounding errors, along the basis itself:
+        # a random direction above them keeps the basis orthonormal, and below 1e-6 it moves no Ritz
+        # value.
+        fresh = random(jax.random.fold_in(key, index)) * (
+            10.0 * jnp.finfo(block.dtype).eps / n**0.5
+        )
         for extra in (fresh, 0.0, 0.0):
             block = rows.orthonormal(block - (block @ before.T) @ before + extra)
         return (block, basis), kept
@@ -84,7 +108,8 @@ def top_singular_values(
     num_iters: int = 6,
     tol: float = 1e-5,
 ) -> TopSingular:
-    """The k largest singular values of the Jacobian at `h0`, with vectors and residuals, by a block Krylov method.
+    """The k largest singular values of the Jacobian at `h0`, with vectors and residuals, by a block
+    Krylov method.
 
         Q = orth(V, J^T J V, .., (J^T J)^q V),  V random;     J Q = U S Y^T;     v_i = Q y_i
 
@@ -95,7 +120,8 @@ def top_singular_values(
       step: `step(h, theta) -> h` to be scanned over `thetas`; a list of links; or, with `thetas` left out, any
         function `f(h) -> h'`, which is one link (and is rescaled only as a whole).
       h0: pytree of real floating arrays, N numbers.
-      thetas: pytree, every leaf (depth, ...); PRNG keys from which the step draws its weights are made for this.
+      thetas: pytree, every leaf (depth, ...); PRNG keys from which the step draws its weights are
+        made for this.
       k: number of values, at most min(N, N').
       key: of V. Where the values are converged another key gives the same.
       block_size: rows of V, at least k; default max(k, 8). More help clustered values.
@@ -136,7 +162,11 @@ def top_singular_values(
     there = rows.times_two_to(there, (out - exponent)[:, None, None]).reshape(basis.shape[0], -1)
     back = rows.times_two_to(back, (out + into - 2 * exponent)[:, None, None]).reshape(basis.shape)
     weights, sigma, images = jnp.linalg.svd(there, full_matrices=False)
-    weights, sigma, images = lax.stop_gradient(weights[:, :k].T), sigma[:k], lax.stop_gradient(images[:k])
+    weights, sigma, images = (
+        lax.stop_gradient(weights[:, :k].T),
+        sigma[:k],
+        lax.stop_gradient(images[:k]),
+    )
     ritz, value = weights @ basis, lax.stop_gradient(sigma)
     returned = weights @ lax.stop_gradient(back) / jnp.where(value > 0, value, 1.0)[:, None]
     residual = rows.relative(jnp.linalg.norm(returned - value[:, None] * ritz, axis=1), value)
@@ -162,20 +192,24 @@ def top_eigenvalues(
     num_iters: int = 10,
     tol: float = 1e-5,
 ) -> TopEigenvalues:
-    """The k most positive eigenvalues of a symmetric operator, with vectors and residuals, by a block Krylov method.
+    """The k most positive eigenvalues of a symmetric operator, with vectors and residuals, by a
+    block Krylov method.
 
     Q = orth(V, A V, .., A^q V),  V random;     Q^T A Q = Y diag(lambda) Y^T;     v_i = Q y_i. One A v per row of Q.
 
     Args:
-      operator: v -> A v, linear and symmetric, on pytrees like `like`; for the most negative values pass -A.
+      operator: v -> A v, linear and symmetric, on pytrees like `like`; for the most negative values
+        pass -A.
       like: pytree of real floating arrays (or their shapes), such as the parameters.
       k, key, block_size, num_iters, tol: as in `top_singular_values`.
 
     Returns:
-      `TopEigenvalues`; where block_size * (q + 1) fills the space, all eigenvalues were found and the top k are given.
+      `TopEigenvalues`; where block_size * (q + 1) fills the space, all eigenvalues were found and
+      the top k are given.
 
     Raises:
-      ValueError: an operator that changes shapes, integers in `like`, k, block_size or num_iters out of range.
+      ValueError: an operator that changes shapes, integers in `like`, k, block_size or num_iters
+        out of range.
     """
     matvec, n = rows.flat_operator("top_eigenvalues", operator, like)
 

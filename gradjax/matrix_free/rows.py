@@ -1,8 +1,9 @@
-"""A Jacobian as maps of blocks of rows, layer by layer, each layer followed by an exact power of two.
+"""A Jacobian as maps of blocks of rows, layer by layer, each layer followed by an exact power of
+two.
 
-A block (b, N) costs little more than one vector where its vectors are rows: a layer's weights are read once. Of each
-layer its state and the residuals of up to 8 times the state's size are stored, O(depth * width); larger residuals
-(the weights, or what a key draws) are made again from theta.
+A block (b, N) costs little more than one vector where its vectors are rows: a layer's weights are
+read once. Of each layer its state and the residuals of up to 8 times the state's size are stored,
+O(depth * width); larger residuals (the weights, or what a key draws) are made again from theta.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from gradjax import scale
-from gradjax.step import Links, Scan, Step, check_step, is_links
+from gradjax.core import scale
+from gradjax.core.step import Links, Scan, Step, check_step, is_links
 
 PyTree = Any
 Operator = Callable[[PyTree], PyTree]
@@ -23,7 +24,9 @@ STORED = 8  # times the size of a layer's state
 
 
 class Link(NamedTuple):
-    """One link linearised: `maps(layer)` is (v -> J_l v, u -> J_l^T u), `layers` their stack, None for one layer."""
+    """One link linearised: `maps(layer)` is (v -> J_l v, u -> J_l^T u), `layers` their stack, None
+    for one layer.
+    """
 
     maps: Callable[[PyTree], tuple[Callable, Callable]]
     layers: PyTree
@@ -61,8 +64,12 @@ def _both_ways(pull: Callable, h_next: PyTree) -> tuple[Callable, Callable]:
     return (lambda v: down(v)[0]), up
 
 
-def linearize(step: Step | Links | Operator, h0: PyTree, thetas: PyTree | None) -> tuple[list[Link], PyTree, PyTree]:
-    """The Jacobian at h0 of a step, of links, or (thetas None) of a function of h alone; the first and last state."""
+def linearize(
+    step: Step | Links | Operator, h0: PyTree, thetas: PyTree | None
+) -> tuple[list[Link], PyTree, PyTree]:
+    """The Jacobian at h0 of a step, of links, or (thetas None) of a function of h alone; the first
+    and last state.
+    """
     if callable(step) and thetas is None:
         function = step
         step = [(lambda h, _: function(h), None)]  # type: ignore[call-arg]
@@ -70,7 +77,9 @@ def linearize(step: Step | Links | Operator, h0: PyTree, thetas: PyTree | None) 
         check_step(step, h0, thetas)  # type: ignore[arg-type]
     except TypeError as error:  # inner dimensions, from within the step
         shapes = [tuple(jnp.shape(x)) for x in jax.tree.leaves(h0)]
-        raise ValueError(f"matrix_free: the step does not accept h0 of shapes {shapes}: {error}") from error
+        raise ValueError(
+            f"matrix_free: the step does not accept h0 of shapes {shapes}: {error}"
+        ) from error
     if any(jnp.iscomplexobj(x) for x in jax.tree.leaves(h0)):
         raise ValueError("matrix_free: the state h0 is complex; real floating arrays are needed.")
     small = lambda pull, h: [x.size <= STORED * size(h) for x in jax.tree.leaves(pull)]
@@ -85,14 +94,20 @@ def linearize(step: Step | Links | Operator, h0: PyTree, thetas: PyTree | None) 
 
         def forward(h, theta, one_step=one_step):
             h_next, pull = _pull_back(one_step, h, theta)
-            return h_next, (h, [x for x, keep in zip(jax.tree.leaves(pull), small(pull, h), strict=True) if keep])
+            return h_next, (
+                h,
+                [x for x, keep in zip(jax.tree.leaves(pull), small(pull, h), strict=True) if keep],
+            )
 
         def maps(layer, one_step=one_step):
-            # the stored residuals replace those just computed, and the compiler drops their computation
+            # the stored residuals replace those just computed, and the compiler drops their
+            # computation
             (h, stored), theta = layer
             h_next, pull = _pull_back(one_step, h, theta)
             (leaves, structure), stored = jax.tree.flatten(pull), iter(stored)
-            leaves = [next(stored) if keep else x for x, keep in zip(leaves, small(pull, h), strict=True)]
+            leaves = [
+                next(stored) if keep else x for x, keep in zip(leaves, small(pull, h), strict=True)
+            ]
             return _both_ways(jax.tree.unflatten(structure, leaves), h_next)
 
         h, kept = lax.scan(forward, h, theta)
@@ -101,12 +116,17 @@ def linearize(step: Step | Links | Operator, h0: PyTree, thetas: PyTree | None) 
 
 
 def times_two_to(block: Array, exponent: Array) -> Array:
-    """block * 2^exponent, exact for normal numbers; exponents are clipped to +-126, so that the factor is one."""
+    """block * 2^exponent, exact for normal numbers; exponents are clipped to +-126, so that the
+    factor is one.
+    """
     return block * jnp.ldexp(jnp.ones((), block.dtype), jnp.clip(exponent, -126, 126))
 
 
-def apply(links: list[Link], block: Array, shifts: list[Array] | None = None, *, transpose: bool = False):
-    """(block J^T, shifts), or with `transpose` (block J, shifts); what was (b, N) is short of a factor 2^sum(shifts).
+def apply(
+    links: list[Link], block: Array, shifts: list[Array] | None = None, *, transpose: bool = False
+):
+    """(block J^T, shifts), or with `transpose` (block J, shifts); what was (b, N) is short of a
+    factor 2^sum(shifts).
 
     Shifts, (depth,) int32 per link, are the powers of two taken out after each layer, by default what brings the
     block's largest entry into [1/2, 1).
@@ -135,8 +155,11 @@ def total_shift(shifts: list[Array]) -> Array:
     return sum((jnp.sum(x, dtype=jnp.int32) for x in shifts), jnp.zeros((), jnp.int32))
 
 
-def scaled(step: Any, h0: PyTree, thetas: PyTree | None, key: Array) -> tuple[Callable, Array, int, int]:
-    """(matvec(v, transpose) of J / 2^e with largest singular value near 1, e, N, N'): what matfree can be given.
+def scaled(
+    step: Any, h0: PyTree, thetas: PyTree | None, key: Array
+) -> tuple[Callable, Array, int, int]:
+    """(matvec(v, transpose) of J / 2^e with largest singular value near 1, e, N, N'): what matfree
+    can be given.
 
     The power of two per layer is fixed, that of the top direction after two power iterations, so the map is linear.
     """
@@ -158,18 +181,30 @@ def orthonormal(rows: Array) -> Array:
 
 def relative(error: Array, value: Array) -> Array:
     """error / value for value >= 0; at value 0 it is 0 for no error and inf otherwise."""
-    return jnp.where(value > 0, error / jnp.where(value > 0, value, 1.0), jnp.where(error > 0, jnp.inf, 0.0))
+    return jnp.where(
+        value > 0, error / jnp.where(value > 0, value, 1.0), jnp.where(error > 0, jnp.inf, 0.0)
+    )
 
 
-def flat_operator(name: str, operator: Operator, like: PyTree) -> tuple[Callable[[Array], Array], int]:
-    """(the operator on flat vectors of the default float dtype, their length), its shapes checked."""
+def flat_operator(
+    name: str, operator: Operator, like: PyTree
+) -> tuple[Callable[[Array], Array], int]:
+    """(the operator on flat vectors of the default float dtype, their length), its shapes
+    checked.
+    """
     shapes = jax.eval_shape(lambda x: x, like)
     leaves = jax.tree.leaves(shapes)
     if not leaves or any(not jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
-        raise ValueError(f"{name}: the operator's argument is like {shapes}; real floating arrays are needed.")
+        raise ValueError(
+            f"{name}: the operator's argument is like {shapes}; real floating arrays are needed."
+        )
     image = jax.eval_shape(operator, shapes)
     if jax.tree.map(jnp.shape, image) != jax.tree.map(jnp.shape, shapes):
-        raise ValueError(f"{name}: the operator maps {shapes} to {image}; equal structures and shapes are needed.")
+        raise ValueError(
+            f"{name}: the operator maps {shapes} to {image}; equal structures and shapes are needed."
+        )
     zeros, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    matvec = lambda v: ravel_pytree(operator(unravel(v.astype(zeros.dtype))))[0].astype(jnp.result_type(float))
+    matvec = lambda v: ravel_pytree(operator(unravel(v.astype(zeros.dtype))))[0].astype(
+        jnp.result_type(float)
+    )
     return matvec, zeros.size

@@ -1,9 +1,10 @@
 """A jaxpr evaluated once more, with something done at chosen values: the engine of `gradjax.probe`.
 
-Each *site* is the first output of an equation (or a carried value of a scan), known by its path. At a site the value
-goes through `attach(path, value, sink)`; differentiating with respect to the sinks gives what `attach`'s backward pass
-says of the cotangent. With x + sink it is the cotangent itself; with a function whose backward pass returns statistics
-in the sink's place it is those, and the cotangent is never stored. A scan stacks them, one row for each iteration.
+Each *site* is the first output of an equation (or a carried value of a scan), known by its path. At
+a site the value goes through `attach(path, value, sink)`; differentiating with respect to the sinks
+gives what `attach`'s backward pass says of the cotangent. With x + sink it is the cotangent itself;
+with a function whose backward pass returns statistics in the sink's place it is those, and the
+cotangent is never stored. A scan stacks them, one row for each iteration.
 
     jit, scan, checkpoint, cond      values and cotangents; a branch of `cond` not taken has NaN values and no cotangent
     while, custom_jvp, custom_vjp    values alone (of a while the last turn's): their derivatives are not their insides'
@@ -17,7 +18,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gradjax.taps.jaxprs import INLINE, REMAT, Path, bind, closed, inner, insides, is_named, read, scan_split
+from gradjax.taps.jaxprs import (
+    INLINE,
+    REMAT,
+    Path,
+    bind,
+    closed,
+    inner,
+    insides,
+    is_named,
+    read,
+    scan_split,
+)
 from gradjax.taps.names import parse
 
 PyTree = Any
@@ -42,8 +54,12 @@ def enterable(eqn: Any) -> bool:
     return eqn.primitive.name in INLINE | REMAT | {"scan", "cond"}
 
 
-def named_sites(jaxpr: Any, path: Path = (), lead: tuple[int, ...] = (), values_only: bool = False) -> tuple:
-    """([Site] of every name in a closed jaxpr in the order of evaluation, {name: why it cannot be watched})."""
+def named_sites(
+    jaxpr: Any, path: Path = (), lead: tuple[int, ...] = (), values_only: bool = False
+) -> tuple:
+    """([Site] of every name in a closed jaxpr in the order of evaluation, {name: why it cannot be
+    watched}).
+    """
     sites, skipped = [], {}
     for i, eqn in enumerate(jaxpr.jaxpr.eqns):
         here, primitive = (*path, i), eqn.primitive.name
@@ -55,10 +71,15 @@ def named_sites(jaxpr: Any, path: Path = (), lead: tuple[int, ...] = (), values_
         for number, (key, each) in enumerate(insides(eqn)):
             rows = (*lead, eqn.params["length"]) if primitive == "scan" else lead
             branch = (*here, number) if primitive == "cond" else here
-            found, refused = named_sites(each, branch, rows, values_only or primitive in VALUES_ONLY)
-            if not (enterable(eqn) or primitive in VALUES_ONLY) or (primitive == "while" and key == "cond_jaxpr"):
+            found, refused = named_sites(
+                each, branch, rows, values_only or primitive in VALUES_ONLY
+            )
+            if not (enterable(eqn) or primitive in VALUES_ONLY) or (
+                primitive == "while" and key == "cond_jaxpr"
+            ):
                 refused |= {
-                    site.name: f"it lies inside {primitive}, which a probe does not look into" for site in found
+                    site.name: f"it lies inside {primitive}, which a probe does not look into"
+                    for site in found
                 }
                 found = []
             sites += found
@@ -75,12 +96,18 @@ class Watch(NamedTuple):
     prefixes: frozenset[Path]  # of equations that have a site inside
 
 
-def watching(paths: Collection[Path], attach: Callable, measure: Callable = lambda path, value: value) -> Watch:
+def watching(
+    paths: Collection[Path], attach: Callable, measure: Callable = lambda path, value: value
+) -> Watch:
     """A `Watch` of the sites at `paths`."""
-    return Watch(attach, measure, frozenset(paths), frozenset(p[:k] for p in paths for k in range(len(p))))
+    return Watch(
+        attach, measure, frozenset(paths), frozenset(p[:k] for p in paths for k in range(len(p)))
+    )
 
 
-def run(jaxpr: Any, operands: list, watch: Watch, sinks: Mapping[Path, PyTree], path: Path = ()) -> tuple[list, dict]:
+def run(
+    jaxpr: Any, operands: list, watch: Watch, sinks: Mapping[Path, PyTree], path: Path = ()
+) -> tuple[list, dict]:
     """The outputs of a closed jaxpr, and what `watch.measure` says of every site's value."""
     env, seen = {}, {}
     env.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
@@ -117,7 +144,9 @@ def _enter(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> t
         return run(inner(eqn), given, watch, own, here)
     if name in REMAT:
         block = lambda given, own: run(inner(eqn), given, watch, own, here)
-        return jax.checkpoint(block, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(given, own)
+        return jax.checkpoint(
+            block, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+        )(given, own)
     out = bind(eqn, given)
     if name == "while":
         return out, _while(eqn, lax.stop_gradient(given), watch, here)
@@ -126,7 +155,11 @@ def _enter(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> t
 
 def _scan(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tuple[list, dict]:
     num_consts, num_carry = scan_split(eqn)
-    consts, carry, xs = given[:num_consts], given[num_consts : num_consts + num_carry], given[num_consts + num_carry :]
+    consts, carry, xs = (
+        given[:num_consts],
+        given[num_consts : num_consts + num_carry],
+        given[num_consts + num_carry :],
+    )
 
     def body(carry, row):
         row_xs, row_sinks = row
@@ -137,20 +170,27 @@ def _scan(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tu
         return out[:num_carry], (out[num_carry:], seen)
 
     keep = ("length", "reverse", "unroll")
-    carry, (ys, seen) = lax.scan(body, carry, (xs, dict(sinks)), **{key: eqn.params[key] for key in keep})
+    carry, (ys, seen) = lax.scan(
+        body, carry, (xs, dict(sinks)), **{key: eqn.params[key] for key in keep}
+    )
     return [*carry, *ys], seen
 
 
 def _unseen(function: Callable, *args: Any) -> PyTree:
     """What `function` would have seen, as NaN (0 for integers)."""
-    blank = lambda x: jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype)
+    blank = lambda x: jnp.full(
+        x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype
+    )
     return jax.tree.map(blank, jax.eval_shape(function, *args))
 
 
 def _cond(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tuple[list, dict]:
     index, *operands = given
     branches = [closed(branch) for branch in eqn.params["branches"]]
-    each = [lambda ops, own, b=b, k=k: run(b, ops, watch, own, (*here, k)) for k, b in enumerate(branches)]
+    each = [
+        lambda ops, own, b=b, k=k: run(b, ops, watch, own, (*here, k))
+        for k, b in enumerate(branches)
+    ]
     blanks: dict = {}
     for function in each:
         blanks |= _unseen(lambda ops, own, f=function: f(ops, own)[1], operands, dict(sinks))
@@ -168,7 +208,11 @@ def _cond(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tu
 def _while(eqn: Any, given: list, watch: Watch, here: Path) -> dict:
     """The values of the last turn; NaN without one."""
     first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_consts, body_consts, carry = given[:first], given[first : first + second], given[first + second :]
+    cond_consts, body_consts, carry = (
+        given[:first],
+        given[first : first + second],
+        given[first + second :],
+    )
     go_on, turn = closed(eqn.params["cond_jaxpr"]), closed(eqn.params["body_jaxpr"])
     body = lambda carry: run(turn, [*body_consts, *carry], watch, {}, here)
     blank = _unseen(lambda carry: body(carry)[1], carry)

@@ -1,8 +1,10 @@
-"""What gradjax knows of the insides of a jaxpr: where it holds others, and how to bind one equation again.
+"""What gradjax knows of the insides of a jaxpr: where it holds others, and how to bind one equation
+again.
 
-`jax.extend` and `jax.interpreters` promise no stability, so this file holds what is used of them (and `core.Literal`);
-the tests run on the oldest and the newest supported jax. A *path* names an equation: the indices of the equations on
-the way to it, so (3, 0) is the first equation of the jaxpr inside the fourth.
+`jax.extend` and `jax.interpreters` promise no stability, so this file holds what is used of them
+(and `core.Literal`); the tests run on the oldest and the newest supported jax. A *path* names an
+equation: the indices of the equations on the way to it, so (3, 0) is the first equation of the
+jaxpr inside the fourth.
 """
 
 from typing import Any
@@ -14,7 +16,13 @@ from jax.interpreters import ad, batching, mlir
 
 Path = tuple[int, ...]
 
-INLINE = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}  # evaluated as if written in place
+INLINE = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "core_closed_call",
+}  # evaluated as if written in place
 REMAT = {"checkpoint", "remat", "remat2"}
 _INSIDES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -25,7 +33,9 @@ def closed(jaxpr: Any) -> core.ClosedJaxpr:
 
 
 def inner(eqn: Any) -> core.ClosedJaxpr | None:
-    """The jaxpr of an equation that is one: a call, a rematerialised block, a scan, a custom derivative's function."""
+    """The jaxpr of an equation that is one: a call, a rematerialised block, a scan, a custom
+    derivative's function.
+    """
     for key in _INSIDES:
         if key in eqn.params and hasattr(eqn.params[key], "eqns"):
             return closed(eqn.params[key])
@@ -43,19 +53,25 @@ def insides(eqn: Any) -> list[tuple[str, core.ClosedJaxpr]]:
 
 
 def scan_split(eqn: Any) -> tuple[int, int]:
-    """(number of constants, number of carried values) of a scan; the rest of its operands are scanned over."""
+    """(number of constants, number of carried values) of a scan; the rest of its operands are
+    scanned over.
+    """
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, *_ = (len(part) for part in eqn.params["ft_in"].unpack())  # jax 0.11 on
     return consts, carry
 
 
-# The identity with a name. It is a primitive of our own, not `checkpoint_name`, for the sake of vmap: a mapped axis may
-# lie anywhere in a value, as it does in `vmap(lambda x: w @ x)`; where `front` is set, this one moves it to the front.
+# The identity with a name. It is a primitive of our own, not `checkpoint_name`, for the sake of
+# vmap: a mapped axis may lie anywhere in a value, as it does in `vmap(lambda x: w @ x)`; where
+# `front` is set, this one moves it to the front.
 _name = core.Primitive("gradjax_name")
 _name.def_impl(lambda x, *, name, front: x)
 _name.def_abstract_eval(lambda x, *, name, front: x)
-ad.primitive_jvps[_name] = lambda primals, tangents, **params: (_name.bind(*primals, **params), tangents[0])
+ad.primitive_jvps[_name] = lambda primals, tangents, **params: (
+    _name.bind(*primals, **params),
+    tangents[0],
+)
 mlir.register_lowering(_name, lambda ctx, x, *, name, front: [x])
 
 
@@ -69,7 +85,9 @@ batching.primitive_batchers[_name] = _mapped
 
 
 def named(x: Array, name: str, front: bool) -> Array:
-    """`x`, with an equation in the jaxpr that says its name; with `front`, axes that a vmap maps come first."""
+    """`x`, with an equation in the jaxpr that says its name; with `front`, axes that a vmap maps
+    come first.
+    """
     return _name.bind(x, name=name, front=front)
 
 

@@ -1,12 +1,15 @@
-"""Names on values: `tap` by hand, and the outputs of Linen, NNX and Equinox modules while a function is traced.
+"""Names on values: `tap` by hand, and the outputs of Linen, NNX and Equinox modules while a
+function is traced.
 
-A name is an equation of the jaxpr, the identity: it stays there through jit, scan, remat and vmap, where a Python
-dictionary that collects values would hold leaked tracers. Nothing is named outside of a probe but what `tap` marks, and
-a name changes no bit of the result. While a probe traces, axes that a vmap maps come first in a named value.
+A name is an equation of the jaxpr, the identity: it stays there through jit, scan, remat and vmap,
+where a Python dictionary that collects values would hold leaked tracers. Nothing is named outside
+of a probe but what `tap` marks, and a name changes no bit of the result. While a probe traces, axes
+that a vmap maps come first in a named value.
 
-Linen: `nn.intercept_methods` names each module's output with its path. NNX and Equinox: the `__call__` of the classes
-that the model is made of is wrapped while tracing; a module is known by its identity, so its name is the attribute path
-from the model, `blocks[2].attention.query`. Tracing in several threads at once with such models is not supported.
+Linen: `nn.intercept_methods` names each module's output with its path. NNX and Equinox: the
+`__call__` of the classes that the model is made of is wrapped while tracing; a module is known by
+its identity, so its name is the attribute path from the model, `blocks[2].attention.query`. Tracing
+in several threads at once with such models is not supported.
 """
 
 import contextlib
@@ -71,7 +74,9 @@ def _name_leaves(out: PyTree, kind: str, name: str, label: str = "") -> PyTree:
 
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     out, method = next_fun(*args, **kwargs), context.method_name
-    if method.startswith(("_", "<")) and method != "__call__":  # helpers, and the lambdas that nn.scan lifts
+    if (
+        method.startswith(("_", "<")) and method != "__call__"
+    ):  # helpers, and the lambdas that nn.scan lifts
         return out
     name = "/".join(context.module.path) or type(context.module).__name__
     if method != "__call__":
@@ -81,14 +86,20 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
 
 # -- NNX and Equinox -------------------------------------------------------------------------------------
 
-_known: dict[int, tuple[str, Any]] | None = None  # while a probe traces: id -> (path, module, kept alive by this)
+_known: dict[int, tuple[str, Any]] | None = (
+    None  # while a probe traces: id -> (path, module, kept alive by this)
+)
 _stack: list[Any] = []
 _wrapped: dict[type, Any] = {}  # class -> its own __call__, or None where it is inherited
 
 
 def _bases() -> tuple[type, ...]:
     """The base classes of the module systems that are loaded."""
-    found = [getattr(sys.modules[name], "Module", None) for name in ("flax.nnx", "equinox") if name in sys.modules]
+    found = [
+        getattr(sys.modules[name], "Module", None)
+        for name in ("flax.nnx", "equinox")
+        if name in sys.modules
+    ]
     return tuple(base for base in found if isinstance(base, type))
 
 
@@ -98,7 +109,9 @@ def is_module(x: Any) -> bool:
 
 
 def _parts(x: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """(path, module) of a module and all modules in it but those `seen`, through lists, tuples and dicts."""
+    """(path, module) of a module and all modules in it but those `seen`, through lists, tuples and
+    dicts.
+    """
     if isinstance(x, list | tuple) or (is_module(x) and type(x).__name__ == "List"):
         for i, part in enumerate(x):
             yield from _parts(part, f"{path}[{i}]", seen)
@@ -138,7 +151,9 @@ def _wrap(cls: type) -> None:
         path = _known[id(self)][0] if _known is not None else ""
         _stack.append((self, path))
         try:
-            return _name_leaves(original(self, *args, **kwargs), "module", path or cls.__name__, cls.__name__)
+            return _name_leaves(
+                original(self, *args, **kwargs), "module", path or cls.__name__, cls.__name__
+            )
         finally:
             _stack.pop()
 
@@ -155,7 +170,8 @@ def _unwrap() -> None:
 
 
 def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., Any], PyTree]:
-    """A loss of an NNX or Equinox model as a pure function of its parameters, with its modules named for a probe.
+    """A loss of an NNX or Equinox model as a pure function of its parameters, with its modules
+    named for a probe.
 
     Args:
       loss_fn: (model, *args) -> loss, or (loss, aux).
@@ -177,7 +193,9 @@ def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., A
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(model, nnx.Module):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        copy = {"copy": True} if "copy" in inspect.signature(nnx.merge).parameters else {}  # Flax 0.10 always copies
+        copy = (
+            {"copy": True} if "copy" in inspect.signature(nnx.merge).parameters else {}
+        )  # Flax 0.10 always copies
         merge = lambda params: nnx.merge(graph, params, rest, **copy)
     else:
         import equinox as eqx
@@ -200,7 +218,8 @@ _probes = itertools.count()
 
 @contextlib.contextmanager
 def naming() -> Iterator[None]:
-    """Names the outputs of modules that are called inside, and has every jitted function traced anew.
+    """Names the outputs of modules that are called inside, and has every jitted function traced
+    anew.
 
     A function that the user has jitted and called was traced without names, and jit would hand back that trace: it is
     told apart by a metadata of its own for each probe, which is part of jit's key and nothing else.

@@ -1,7 +1,9 @@
-"""Statistics of a value or cotangent, reduced inside the program so that large models need not return activations.
+"""Statistics of a value or cotangent, reduced inside the program so that large models need not
+return activations.
 
-Cheap on purpose: a 100-layer network has hundreds of sites, and each statistic is compiled for each of them. The rms is
-taken after an exact division by the power of two of the largest magnitude, so that it neither overflows nor underflows.
+Cheap on purpose: a 100-layer network has hundreds of sites, and each statistic is compiled for each
+of them. The rms is taken after an exact division by the power of two of the largest magnitude, so
+that it neither overflows nor underflows.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +29,9 @@ class Statistics(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How different a value's examples, positions and units are: shares of its mean square in [0, 1], or NaN."""
+    """How different a value's examples, positions and units are: shares of its mean square in [0,
+    1], or NaN.
+    """
 
     examples: Array  # variance over the first axis
     tokens: Array  # variance over the second of three axes
@@ -35,7 +39,9 @@ class Spread(NamedTuple):
 
 
 def scaled(x: Array) -> tuple[Array, Array]:
-    """(x * 2^-e, e) with the largest finite magnitude in [1, 2); float32, of a complex array the magnitudes."""
+    """(x * 2^-e, e) with the largest finite magnitude in [1, 2); float32, of a complex array the
+    magnitudes.
+    """
     x = jnp.abs(x) if jnp.iscomplexobj(x) else x
     if x.dtype == jnp.float64:
         top = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), initial=0.0)
@@ -63,7 +69,9 @@ def statistics(x: Array) -> Statistics:
     shift = exponent.astype(jnp.float32) * LOG2
     finite = jnp.where(good, y, 0.0)
     value = 0.5 * jnp.log(jnp.mean(y * y)) + shift
-    return Statistics(value, jnp.log(jnp.max(jnp.abs(finite), initial=0.0)) + shift, bad, first, jnp.mean(y == 0))
+    return Statistics(
+        value, jnp.log(jnp.max(jnp.abs(finite), initial=0.0)) + shift, bad, first, jnp.mean(y == 0)
+    )
 
 
 def spread(x: Array) -> Spread:
@@ -83,9 +91,15 @@ def dead(x: Array) -> Array:
 
 
 def flat(x: Array, kind: str) -> Array:
-    """Share of entries of an activation function's output where its slope is below FLAT of the steepest."""
+    """Share of entries of an activation function's output where its slope is below FLAT of the
+    steepest.
+    """
     y = x.astype(jnp.float32)
-    slope = {"tanh": lambda: 1 - y * y, "logistic": lambda: 4 * y * (1 - y), "erf": lambda: 1 - jnp.abs(y)}
+    slope = {
+        "tanh": lambda: 1 - y * y,
+        "logistic": lambda: 4 * y * (1 - y),
+        "erf": lambda: 1 - jnp.abs(y),
+    }
     if kind == "hard_tanh":
         return jnp.mean((y <= jnp.min(y)) | (y >= jnp.max(y)))
     return jnp.mean(slope[kind]() < FLAT)
@@ -113,10 +127,14 @@ def logits(x: Array) -> Logits:
 
 
 def histogram(x: Array) -> Array:
-    """Share of entries in BINS bins of 8 powers of two: |x| in [2^(8 i - 128), 2^(8 i - 120)), zeros in the first."""
+    """Share of entries in BINS bins of 8 powers of two: |x| in [2^(8 i - 128), 2^(8 i - 120)),
+    zeros in the first.
+    """
     bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     which = jnp.clip((bits >> 23) + 1, 0, 255) >> 3
-    return jnp.mean(which.reshape(-1)[:, None] == jnp.arange(BINS)[None, :], axis=0, dtype=jnp.float32)
+    return jnp.mean(
+        which.reshape(-1)[:, None] == jnp.arange(BINS)[None, :], axis=0, dtype=jnp.float32
+    )
 
 
 class Summary(NamedTuple):
@@ -137,7 +155,9 @@ def summary(x: Array) -> Summary:
 
 @jax.custom_vjp
 def observed(value: Array, sink: Any) -> Array:
-    """The value; the sink's "gradient" is (log rms, largest, bad entries, zeros, exponent) of the value's cotangent."""
+    """The value; the sink's "gradient" is (log rms, largest, bad entries, zeros, exponent) of the
+    value's cotangent.
+    """
     return value
 
 
@@ -159,7 +179,9 @@ def cotangent(g: Array, exponent: Any = 0.0) -> Cotangent:
     """`Cotangent` of an array."""
     y, e = scaled(g)
     value = 0.5 * jnp.log(jnp.mean(y * y)) + e.astype(jnp.float32) * LOG2
-    return Cotangent(value, jnp.sum(~jnp.isfinite(y), dtype=jnp.float32), jnp.mean(y == 0), jnp.float32(exponent))
+    return Cotangent(
+        value, jnp.sum(~jnp.isfinite(y), dtype=jnp.float32), jnp.mean(y == 0), jnp.float32(exponent)
+    )
 
 
 observed.defvjp(lambda value, sink: (value, None), lambda _, g: (g, cotangent(g)))
@@ -167,7 +189,9 @@ observed.defvjp(lambda value, sink: (value, None), lambda _, g: (g, cotangent(g)
 
 @jax.custom_vjp
 def rescaled(value: Array, sink: Any) -> Array:
-    """As `observed`, but hands on the cotangent divided by the power of two of its largest entry."""
+    """As `observed`, but hands on the cotangent divided by the power of two of its largest
+    entry.
+    """
     return value
 
 

@@ -1,12 +1,14 @@
-"""The layers of a traced loss: which values every gradient passes through, and what lies between two of them.
+"""The layers of a traced loss: which values every gradient passes through, and what lies between
+two of them.
 
-The chain of post-dominators of an input (`gradjax.taps.graph`) is the network's main road: between two of its values p
-and q the whole derivative is d q / d p, so that their product is the layer product; a value with a skip around it is
-not on it. Nothing of a framework is known here: a residual sum is on the chain although no module outputs it.
+The chain of post-dominators of an input (`gradjax.taps.graph`) is the network's main road: between
+two of its values p and q the whole derivative is d q / d p, so that their product is the layer
+product; a value with a skip around it is not on it. Nothing of a framework is known here: a
+residual sum is on the chain although no module outputs it.
 
-A *layer* is a stretch of the chain that applies weights. A scan over stacked weights is a layer for each iteration; a
-scan that uses the same weights in every iteration is a recurrence over time, one node of the chain, with a record of
-its own (`Recurrence`).
+A *layer* is a stretch of the chain that applies weights. A scan over stacked weights is a layer for
+each iteration; a scan that uses the same weights in every iteration is a recurrence over time, one
+node of the chain, with a record of its own (`Recurrence`).
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-from gradjax.taps.graph import (
+from gradjax.taps.dominators import (  # fmt: skip
     ACT,
     DATA,
     ENTRY,
@@ -31,7 +33,7 @@ from gradjax.taps.graph import (
     link_up,
     main_chain,
     walk,
-)  # fmt: skip
+)
 from gradjax.taps.interpret import Site
 from gradjax.taps.jaxprs import Path, inner, scan_split
 
@@ -43,7 +45,9 @@ class Layer:
     site: Site
     row: int | None  # of the site's rows: the iteration of a scan
     leaves: frozenset[int]
-    kernels: tuple[tuple[frozenset[int], int, int], ...]  # (parameters, fan_in, fan_out) of the weights applied
+    kernels: tuple[
+        tuple[frozenset[int], int, int], ...
+    ]  # (parameters, fan_in, fan_out) of the weights applied
     weighs: bool  # weights are applied, here or in a scan over time
     fan_in: int  # the smallest number of units on the way, which bounds the fluctuations
     skip: bool  # there is a way around the weights
@@ -108,7 +112,9 @@ def analyse(jaxpr: Any, sites: Sequence[Site], num_params: int) -> Structure:
 
 
 def _between(frame: Frame, before: int, after: int) -> list[int]:
-    """The nodes on the ways from `before` (excluded; ENTRY - 1 for the start) to `after` (included), in order."""
+    """The nodes on the ways from `before` (excluded; ENTRY - 1 for the start) to `after`
+    (included), in order.
+    """
     found, todo = {after}, [after]
     while todo:
         for v in frame.nodes[todo.pop()].inputs:
@@ -139,14 +145,19 @@ def _norms(frame: Frame, segment: Sequence[int]) -> list[tuple[int, str]]:
     """(node, kind) of every division by a standard deviation of activations."""
     found = []
     for u in segment:
-        if frame.nodes[u].primitive in ("rsqrt", "sqrt") and frame.nodes[u].eqn.outvars[0].aval.size > 1:
+        if (
+            frame.nodes[u].primitive in ("rsqrt", "sqrt")
+            and frame.nodes[u].eqn.outvars[0].aval.size > 1
+        ):
             kind = _reduced_over(frame, u)
             found += [(u, kind)] if kind else []
     return found
 
 
 def _reduced_over(frame: Frame, u: int) -> str:
-    """Where the nearest sum behind a node runs: "batch" over the first of several axes, "layer" over others only."""
+    """Where the nearest sum behind a node runs: "batch" over the first of several axes, "layer"
+    over others only.
+    """
     todo = [u]
     for _ in range(24):
         if not todo:
@@ -160,7 +171,9 @@ def _reduced_over(frame: Frame, u: int) -> str:
     return ""
 
 
-def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple[int, ...]) -> list[Layer]:
+def _layers(
+    frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple[int, ...]
+) -> list[Layer]:
     """The layers along a chain; those in a scan over stacked weights once for each iteration."""
     layers: list[Layer] = []
     weights = any(frame.nodes[u].weighs for u in frame.consumers if 0 <= u < len(frame.nodes))
@@ -178,11 +191,19 @@ def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple
                 before = u
                 continue
         aval = node.eqn.outvars[0].aval
-        reduces = bool(layers) and len(aval.shape) < len(layers[-1].site.shape)  # a sum in the loss, not in the network
+        reduces = bool(layers) and len(aval.shape) < len(
+            layers[-1].site.shape
+        )  # a sum in the loss, not in the network
         if site is None and _is_join(node) and is_float(node.eqn.outvars[0]) and not reduces:
             last_name = _nearest(frame, u, names)
             site = Site(
-                node.path, f"{last_name}+skip" if last_name else "skip", "skip", "", aval.shape, aval.dtype, lead
+                node.path,
+                f"{last_name}+skip" if last_name else "skip",
+                "skip",
+                "",
+                aval.shape,
+                aval.dtype,
+                lead,
             )
         if site is None or len(site.lead) != len(lead):
             continue
@@ -206,7 +227,9 @@ def _layers(frame: Frame, chain: list[int], names: dict[Path, Site], lead: tuple
 
 
 def _shorter(layer: Layer, site: Site) -> str:
-    """The name of the module around a layer in place of the layer's, but never the whole model's; a tap's for a sum."""
+    """The name of the module around a layer in place of the layer's, but never the whole model's; a
+    tap's for a sum.
+    """
     around = site.kind == "module" and layer.name.startswith((f"{site.name}/", f"{site.name}."))
     return site.name if around or (site.kind == "tap" and layer.site.kind == "skip") else layer.name
 
@@ -220,7 +243,11 @@ def _layer(frame: Frame, segment: list[int], before: int, u: int, site: Site) ->
     weights = [n for n in nodes if n.weighs]
     norms = _norms(frame, segment)
     skip = before > ENTRY - 1 and bool(weights) and _has_skip(frame, segment, before, u)
-    chain = set(chain_from(frame, before)) if before >= ENTRY and (before >= 0 or ENTRY in frame.dominator) else set()
+    chain = (
+        set(chain_from(frame, before))
+        if before >= ENTRY and (before >= 0 or ENTRY in frame.dominator)
+        else set()
+    )
     joins = [v for v in segment if v in chain and _is_join(frame.nodes[v])]
     kinds = [kind for _, kind in norms]
     return Layer(
@@ -233,7 +260,9 @@ def _layer(frame: Frame, segment: list[int], before: int, u: int, site: Site) ->
 
 
 def _nearest(frame: Frame, u: int, names: dict[Path, Site]) -> str:
-    """Name of the last named value at or before a node; that of a leaf module where one is inside another."""
+    """Name of the last named value at or before a node; that of a leaf module where one is inside
+    another.
+    """
     for v in range(u, -1, -1):
         if site := names.get(frame.nodes[v].path):
             return site.name
@@ -284,7 +313,9 @@ def _is_variance(frame: Frame, u: int) -> bool:
 
 
 def _is_attention(frame: Frame, u: int) -> bool:
-    """exp(logits - max) over rows of at least three axes, divided by its sum and then multiplied with activations."""
+    """exp(logits - max) over rows of at least three axes, divided by its sum and then multiplied
+    with activations.
+    """
     if len(frame.nodes[u].eqn.outvars[0].aval.shape) < 3:
         return False
     sums, todo = False, {u}
@@ -299,7 +330,9 @@ def _is_attention(frame: Frame, u: int) -> bool:
 
 
 def _gates(frame: Frame, u: int) -> bool:
-    """Whether a node's output, through additions and products with constants, multiplies another activation."""
+    """Whether a node's output, through additions and products with constants, multiplies another
+    activation.
+    """
     todo, sink = [u], len(frame.nodes)
     while todo:
         for v in frame.consumers.get(todo.pop(), ()):
@@ -308,12 +341,23 @@ def _gates(frame: Frame, u: int) -> bool:
             node = frame.nodes[v]
             if node.primitive == "mul" and len(node.inputs) > 1:
                 return True
-            if node.primitive in ("add", "sub", "mul", "neg", "convert_element_type", "slice", "split", "integer_pow"):
+            if node.primitive in (
+                "add",
+                "sub",
+                "mul",
+                "neg",
+                "convert_element_type",
+                "slice",
+                "split",
+                "integer_pow",
+            ):
                 todo += [v] if len(node.inputs) == 1 else []
     return False
 
 
-def _collect(frame, names, lead, over_time, activations: list, recurrences: list, outer: str) -> None:
+def _collect(
+    frame, names, lead, over_time, activations: list, recurrences: list, outer: str
+) -> None:
     """Activation functions and recurrences of a frame and of the scans in it."""
     chain, last = set(main_chain(frame, bool(lead))), outer
     for u, node in enumerate(frame.nodes):
@@ -325,9 +369,13 @@ def _collect(frame, names, lead, over_time, activations: list, recurrences: list
             length = node.eqn.params["length"]
             if node.over_time:
                 recurrences += _recurrence(node, (*lead, length), names)
-            _collect(node.body, names, (*lead, length), node.over_time, activations, recurrences, last)
+            _collect(
+                node.body, names, (*lead, length), node.over_time, activations, recurrences, last
+            )
         elif kind := _function(frame, u):
-            if kind == "softmax":  # of the logits less their largest, which the exponential hides where it underflows
+            if (
+                kind == "softmax"
+            ):  # of the logits less their largest, which the exponential hides where it underflows
                 node = frame.nodes[max(node.inputs)] if max(node.inputs, default=-1) >= 0 else node
             path, aval = node.path, node.eqn.outvars[0].aval
             site = Site(path, f"{last}:{kind}", kind, "", aval.shape, aval.dtype, lead)
@@ -340,8 +388,12 @@ def _recurrence(node: Node, lead: tuple[int, ...], names: dict[Path, Site]) -> l
     if not carried or len(lead) != 1 or lead[0] < 2:
         return []
     inside = [site for path, site in names.items() if path[: len(node.path)] == node.path]
-    modules = [re.sub(r"\[\d+\]$", "", site.name) for site in inside if site.kind in ("module", "tap")]
-    name = min(modules, key=lambda name: (len(re.findall(r"[/.]", name)), len(name)), default="scan")
+    modules = [
+        re.sub(r"\[\d+\]$", "", site.name) for site in inside if site.kind in ("module", "tap")
+    ]
+    name = min(
+        modules, key=lambda name: (len(re.findall(r"[/.]", name)), len(name)), default="scan"
+    )
     avals = [node.eqn.outvars[k].aval for k in carried]
     sites = tuple(
         Site((*node.path, -1 - k), f"{name}.carry", "carry", "", aval.shape, aval.dtype, lead)

@@ -34,5 +34,7 @@ from gradjax.transforms.schedules import exponential_decay as exponential_decay
 from gradjax.transforms.schedules import growth_limited_warmup as growth_limited_warmup
 from gradjax.transforms.schedules import piecewise_constant_schedule as piecewise_constant_schedule
 from gradjax.transforms.schedules import reduce_on_plateau as reduce_on_plateau
-from gradjax.transforms.schedules import warmup_cosine_decay_schedule as warmup_cosine_decay_schedule
+from gradjax.transforms.schedules import (
+    warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
+)
 from gradjax.transforms.watching import watch as watch

@@ -8,13 +8,15 @@
 | `adagc` | a multiple of the moving average of each leaf's (or layer's) own norm | leaf, layer |
 | `spam` | a multiple of each entry's root second moment; wraps an optimiser | entry |
 
-A history may hold 1e38 and 1e-30, so norms are remembered as (mantissa, exponent) and added, multiplied and sorted so:
-means and percentiles are those of the norms (not of their logarithms) and exact to rounding even beyond float32.
+A history may hold 1e38 and 1e-30, so norms are remembered as (mantissa, exponent) and added,
+multiplied and sorted so: means and percentiles are those of the norms (not of their logarithms) and
+exact to rounding even beyond float32.
 
-Only norms that are finite and positive enter a memory: NaN and inf would stay in it for good, and the norms of a leaf
-that is masked or dead for a while would drive its threshold to zero and freeze it. A gradient that holds inf or NaN is
-passed on as it is, flagged by `log2_norm` in the telemetry, and leaves the memory as it was; a zero one stays zero. All
-rules tell their threshold (`log2_threshold`, inf while there is none). Cost: the norm, and `autoclip` sorts its window.
+Only norms that are finite and positive enter a memory: NaN and inf would stay in it for good, and
+the norms of a leaf that is masked or dead for a while would drive its threshold to zero and freeze
+it. A gradient that holds inf or NaN is passed on as it is, flagged by `log2_norm` in the telemetry,
+and leaves the memory as it was; a zero one stays zero. All rules tell their threshold
+(`log2_threshold`, inf while there is none). Cost: the norm, and `autoclip` sorts its window.
 """
 
 from collections.abc import Callable
@@ -27,10 +29,18 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from gradjax import scale
-from gradjax.scale import Norm
+from gradjax.core import scale
+from gradjax.core.scale import Norm
 from gradjax.transforms.clipping import Number, layer_norm, limit_to
-from gradjax.transforms.rule import Outcome, Stacked, check_number, columns, layer_axes, rule, stacked_leaves
+from gradjax.transforms.rule import (
+    Outcome,
+    Stacked,
+    check_number,
+    columns,
+    layer_axes,
+    rule,
+    stacked_leaves,
+)
 
 PyTree = Any
 
@@ -70,7 +80,8 @@ def by_history(
     Args:
       name: of the rule.
       start: dtype of the mantissas -> the empty memory.
-      step: (norm, memory) -> (threshold, memory with this norm); the latter is taken only for finite, positive norms.
+      step: (norm, memory) -> (threshold, memory with this norm); the latter is taken only for
+        finite, positive norms.
     """
 
     def update(updates, memory, params):
@@ -79,9 +90,13 @@ def by_history(
         out = jax.tree.map(lambda x: limit_to(x, size, limit)[0], updates)
         clipped = (scale.greater(size, limit) & jnp.isfinite(size.mantissa)).astype(jnp.float32)
         memory = _where(_known(size), after, memory)
-        return Outcome(out, scale.log2(size), clipped, memory, {"log2_threshold": scale.log2(limit)})
+        return Outcome(
+            out, scale.log2(size), clipped, memory, {"log2_threshold": scale.log2(limit)}
+        )
 
-    return rule(name, update, lambda params: start(jax.eval_shape(scale.norm, params).mantissa.dtype))
+    return rule(
+        name, update, lambda params: start(jax.eval_shape(scale.norm, params).mantissa.dtype)
+    )
 
 
 def _empty_window(window: int, dtype: Any) -> dict[str, Any]:
@@ -90,12 +105,17 @@ def _empty_window(window: int, dtype: Any) -> dict[str, Any]:
 
 def _remember(size: Norm, memory: dict[str, Any], window: int) -> dict[str, Any]:
     place = memory["count"] % window
-    norms = jax.tree.map(lambda old, new: old.at[place].set(new.astype(old.dtype)), memory["norms"], size)
+    norms = jax.tree.map(
+        lambda old, new: old.at[place].set(new.astype(old.dtype)), memory["norms"], size
+    )
     return {"norms": norms, "count": memory["count"] + 1}
 
 
-def autoclip(percentile: Number = 10.0, window: int = 1000) -> optax.GradientTransformationExtraArgs:
-    """g -> g min(1, c_t / ||g||), c_t the percentile of {||g_s||: s <= t} over the last `window` steps.
+def autoclip(
+    percentile: Number = 10.0, window: int = 1000
+) -> optax.GradientTransformationExtraArgs:
+    """g -> g min(1, c_t / ||g||), c_t the percentile of {||g_s||: s <= t} over the last `window`
+    steps.
 
     The paper remembers all steps; here the memory is bounded, the same as the paper's up to `window` steps. Between
     two ranks the percentile is linear in the norms, as `numpy.percentile`, also where a norm overflows float32.
@@ -130,7 +150,8 @@ def autoclip(percentile: Number = 10.0, window: int = 1000) -> optax.GradientTra
 def historical_clip(
     num_sigmas: Number = 3.0, window: int = 100, warmup_steps: Number = 10
 ) -> optax.GradientTransformationExtraArgs:
-    """g -> g min(1, c_t / ||g||), c_t = mean + num_sigmas * standard deviation of the last `window` clipped norms.
+    """g -> g min(1, c_t / ||g||), c_t = mean + num_sigmas * standard deviation of the last `window`
+    clipped norms.
 
     This step's norm is not among them (one spike in n norms is never more than sqrt(n - 1) deviations from a mean it
     is part of), and a clipped gradient is remembered with the norm it was clipped to. No clipping before `warmup_steps`
@@ -150,12 +171,17 @@ def historical_clip(
         dtype = norms.mantissa.dtype
         known = jnp.arange(window) < filled
         shared = jnp.max(jnp.where(known, norms.exponent, jnp.iinfo(jnp.int32).min // 2))
-        parts = jnp.where(known, jnp.ldexp(norms.mantissa, jnp.maximum(norms.exponent - shared, -100)), 0)
+        parts = jnp.where(
+            known, jnp.ldexp(norms.mantissa, jnp.maximum(norms.exponent - shared, -100)), 0
+        )
         number = jnp.maximum(filled, 1).astype(dtype)
         mean = jnp.sum(parts) / number
         deviation = jnp.sqrt(jnp.sum(jnp.square(jnp.where(known, parts - mean, 0))) / number)
         sigmas = scale.of_number(num_sigmas, dtype)
-        limit = scale.plus(scale.normal(Norm(mean, shared)), scale.times(scale.normal(Norm(deviation, shared)), sigmas))
+        limit = scale.plus(
+            scale.normal(Norm(mean, shared)),
+            scale.times(scale.normal(Norm(deviation, shared)), sigmas),
+        )
         is_warm = (filled > 0) & (memory["count"] >= warmup_steps)
         limit = _where(is_warm, limit, _none(limit))
         kept = _where(scale.greater(size, limit), limit, size)
@@ -167,7 +193,8 @@ def historical_clip(
 def zclip(
     alpha: Number = 0.97, z_thres: Number = 2.5, warmup_steps: Number = 25
 ) -> optax.GradientTransformationExtraArgs:
-    """A spike, z = (||g|| - mu) / s > z_thres, is clipped to the norm mu + z_thres^2 s / z: harder the larger it is.
+    """A spike, z = (||g|| - mu) / s > z_thres, is clipped to the norm mu + z_thres^2 s / z: harder
+    the larger it is.
 
         mu <- alpha mu + (1 - alpha) n,   s^2 <- alpha s^2 + (1 - alpha) (n - mu)^2,   n the norm after clipping
 
@@ -181,7 +208,8 @@ def zclip(
       warmup_steps: 25 in the paper. May be traced.
 
     References:
-      Kumar, Owen, Chowdhury, Guera 2025, ZClip: adaptive spike mitigation for LLM pre-training, arXiv 2504.02507.
+      Kumar, Owen, Chowdhury, Guera 2025, ZClip: adaptive spike mitigation for LLM pre-training,
+        arXiv 2504.02507.
     """
     _check_decay("zclip: alpha", alpha)
     check_number("zclip: z_thres", z_thres)
@@ -194,19 +222,33 @@ def zclip(
         is_warm = memory["count"] >= warmup_steps
         excess = scale.minus(size, mean)
         bound = scale.times(number(z_thres), number(z_thres), variance)  # (z_thres s)^2
-        is_spike = is_warm & (excess.mantissa > 0) & scale.greater(scale.times(excess, excess), bound)
-        limit = _where(is_spike, scale.plus(mean, scale.normal(scale.divide(bound, excess))), _none(size))
+        is_spike = (
+            is_warm & (excess.mantissa > 0) & scale.greater(scale.times(excess, excess), bound)
+        )
+        limit = _where(
+            is_spike, scale.plus(mean, scale.normal(scale.divide(bound, excess))), _none(size)
+        )
         kept = _where(is_spike, limit, size)
-        new_mean = scale.plus(scale.times(number(alpha), mean), scale.times(number(1 - alpha), kept))
+        new_mean = scale.plus(
+            scale.times(number(alpha), mean), scale.times(number(1 - alpha), kept)
+        )
         gap = scale.minus(kept, new_mean)
-        new_variance = scale.plus(scale.times(number(alpha), variance), scale.times(number(1 - alpha), gap, gap))
+        new_variance = scale.plus(
+            scale.times(number(alpha), variance), scale.times(number(1 - alpha), gap, gap)
+        )
         move = scale.times(number(inverse), excess)  # Welford's update, while warming up
         first_mean = scale.plus(mean, move)
-        first_variance = scale.times(number(1 - inverse), scale.plus(variance, scale.times(move, excess)))
+        first_variance = scale.times(
+            number(1 - inverse), scale.plus(variance, scale.times(move, excess))
+        )
         after = _where(is_warm, (new_mean, new_variance), (first_mean, first_variance))
         return limit, {"mean": after[0], "variance": after[1], "count": count}
 
-    start = lambda dtype: {"mean": _zero(dtype), "variance": _zero(dtype), "count": jnp.zeros((), jnp.int32)}
+    start = lambda dtype: {
+        "mean": _zero(dtype),
+        "variance": _zero(dtype),
+        "count": jnp.zeros((), jnp.int32),
+    }
     return by_history("zclip", start, step)
 
 
@@ -220,7 +262,8 @@ def adagc(
     warmup_steps: Number = 100,
     stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Each leaf i (or layer of a stacked leaf) against its own history: g_i -> h_i g_i, n_i = ||h_i g_i||,
+    """Each leaf i (or layer of a stacked leaf) against its own history: g_i -> h_i g_i, n_i = ||h_i
+    g_i||,
 
         t <= warmup_steps:  h_i = min(1, lambda_abs / ||g||),          gamma_i <- min(gamma_i, n_i)
         afterwards:         h_i = min(1, lambda_rel gamma_i / ||g_i||), gamma_i <- beta gamma_i + (1 - beta) n_i
@@ -236,9 +279,14 @@ def adagc(
       stacked: as in `clip_by_layer_norm`.
 
     References:
-      Wang et al. 2025, AdaGC: improving training stability for large language model pretraining, arXiv 2502.11034.
+      Wang et al. 2025, AdaGC: improving training stability for large language model pretraining,
+        arXiv 2502.11034.
     """
-    for name, value in (("lambda_rel", lambda_rel), ("lambda_abs", lambda_abs), ("warmup_steps", warmup_steps)):
+    for name, value in (
+        ("lambda_rel", lambda_rel),
+        ("lambda_abs", lambda_abs),
+        ("warmup_steps", warmup_steps),
+    ):
         check_number(f"adagc: {name}", value)
     _check_decay("adagc: beta", beta)
 
@@ -260,15 +308,23 @@ def adagc(
         has_gamma = gamma.mantissa > 0
         limit = _where(has_gamma, scale.times(gamma, number(lambda_rel)), _none(size))
         absolute = scale.greater(whole, number(lambda_abs)) & jnp.isfinite(whole.mantissa)
-        over = jnp.where(is_warm, scale.greater(size, limit), absolute) & jnp.isfinite(size.mantissa)
+        over = jnp.where(is_warm, scale.greater(size, limit), absolute) & jnp.isfinite(
+            size.mantissa
+        )
         factor = _where(is_warm, scale.divide(limit, size), scale.divide(number(lambda_abs), whole))
         kept = _where(over, scale.times(size, factor), size)
         average = scale.plus(scale.times(gamma, number(beta)), scale.times(kept, number(1 - beta)))
         smallest = _where(scale.greater(gamma, kept), kept, gamma)
         new = _where(has_gamma, _where(is_warm, average, smallest), kept)
-        told = (scale.log2(size), over.astype(jnp.float32), scale.log2(_where(is_warm, limit, _none(size))))
+        told = (
+            scale.log2(size),
+            over.astype(jnp.float32),
+            scale.log2(_where(is_warm, limit, _none(size))),
+        )
         axes, done = axes_of(updates), []
-        for x, group, row in zip(leaves, axes, scale.split((factor, over, told), leaves, axes), strict=True):
+        for x, group, row in zip(
+            leaves, axes, scale.split((factor, over, told), leaves, axes), strict=True
+        ):
             out = jnp.where(row[1], scale.multiply(x, row[0], shrinks=True), x)
             done.append((out, *(part.reshape(x.shape[: x.ndim - len(group)]) for part in row[2])))
         out, log2_norm, clipped, told = columns(structure, done, 4)
@@ -286,7 +342,8 @@ def spam(
     decay: Number = 0.999,
     min_history: Number = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    """Spike-aware wrapper of an optimiser: entries that spike are clipped before it, its moments reset every so often.
+    """Spike-aware wrapper of an optimiser: entries that spike are clipped before it, its moments
+    reset every so often.
 
         g_i -> sign(g_i) sqrt(threshold v_i)   where g_i^2 > threshold v_i,    v_i <- decay v_i + (1 - decay) g_i^2
 
@@ -307,18 +364,32 @@ def spam(
       min_history: steps before the first clipping, 20 in the authors' code. May be traced.
 
     References:
-      Huang et al. 2025, SPAM: spike-aware Adam with momentum reset for stable LLM training, arXiv 2501.06842.
+      Huang et al. 2025, SPAM: spike-aware Adam with momentum reset for stable LLM training, arXiv
+        2501.06842.
     """
     check_number("spam: reset_every", reset_every, 1, 2**31 - 1)
-    for name, value in (("threshold", threshold), ("warmup_steps", warmup_steps), ("min_history", min_history)):
+    for name, value in (
+        ("threshold", threshold),
+        ("warmup_steps", warmup_steps),
+        ("min_history", min_history),
+    ):
         check_number(f"spam: {name}", value)
     _check_decay("spam: decay", decay)
     inner = optax.with_extra_args_support(inner)
-    entries = lambda leaves: [scale.normal(size) for size in scale.array_norms(leaves, [()] * len(leaves))]
+    entries = lambda leaves: [
+        scale.normal(size) for size in scale.array_norms(leaves, [()] * len(leaves))
+    ]
 
     def init(params):
-        moments = [_zero(x.mantissa.dtype, x.mantissa.shape) for x in jax.eval_shape(entries, jax.tree.leaves(params))]
-        return {"inner": inner.init(params), "root_moment": moments, "count": jnp.zeros((), jnp.int32)}
+        moments = [
+            _zero(x.mantissa.dtype, x.mantissa.shape)
+            for x in jax.eval_shape(entries, jax.tree.leaves(params))
+        ]
+        return {
+            "inner": inner.init(params),
+            "root_moment": moments,
+            "count": jnp.zeros((), jnp.int32),
+        }
 
     def update(updates, memory, params):
         leaves, structure = jax.tree.flatten(updates)
@@ -334,16 +405,25 @@ def spam(
             parts = [scale.times(moment, number(decay)), scale.times(kept, number(1 - decay))]
             new = scale.normal(scale.combine(parts))
             share = jnp.mean(over.astype(jnp.float32)) if x.size else jnp.zeros((), jnp.float32)
-            return out, scale.log2(layer_norm(size, False)), share, _where(_known(size), new, moment)
+            return (
+                out,
+                scale.log2(layer_norm(size, False)),
+                share,
+                _where(_known(size), new, moment),
+            )
 
-        done = [one(*each) for each in zip(leaves, memory["root_moment"], entries(leaves), strict=True)]
+        done = [
+            one(*each) for each in zip(leaves, memory["root_moment"], entries(leaves), strict=True)
+        ]
         out, log2_norm, clipped = columns(structure, done, 3)
         after = count % jnp.asarray(reset_every, jnp.int32)
         is_reset = (count > 0) & (after == 0)
         start = inner.init(updates if params is None else params)
         result, state = inner.update(out, _where(is_reset, start, memory["inner"]), params)
         turn = jnp.pi * after.astype(jnp.float32) / (jnp.asarray(warmup_steps, jnp.float32) + 1)
-        share = jnp.where((count >= reset_every) & (after < warmup_steps), 1 - 0.495 * (1 + jnp.cos(turn)), 1.0)
+        share = jnp.where(
+            (count >= reset_every) & (after < warmup_steps), 1 - 0.495 * (1 + jnp.cos(turn)), 1.0
+        )
         result = jax.tree.map(lambda x: jnp.where(share == 1, x, x * share.astype(x.dtype)), result)
         memory = {"inner": state, "root_moment": [row[3] for row in done], "count": count + 1}
         extra = {"reset": is_reset.astype(jnp.int32), "warmup": share}

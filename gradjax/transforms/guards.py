@@ -1,17 +1,18 @@
 """Guards around an optimiser: what becomes of a step that should not be taken.
 
-Each is a wrapper `guard(inner, ...)` of any Optax transform and decides, per step and without a branch in the program
-(so that one lane of a vmapped sweep may skip while its neighbours train), whether the updates and the inner state are
-the new ones or the old:
+Each is a wrapper `guard(inner, ...)` of any Optax transform and decides, per step and without a
+branch in the program (so that one lane of a vmapped sweep may skip while its neighbours train),
+whether the updates and the inner state are the new ones or the old:
 
     skip_non_finite   a gradient or an update that holds inf or NaN: the step is not taken, or its entries are repaired
     skip_spikes       a gradient whose norm jumps out of its recent history
     freeze_diverged   a run that is lost: no update from then on, and the last good parameters are kept
     restore_moments   an optimiser state that overflowed, entry by entry
 
-Norms are those of `gradjax.scale`, so a finite gradient of 1e20 is finite here and a norm of 1e-30 is not zero. Zero
-and subnormal gradients pass. Telemetry holds leaves as int32 indices (-1: none) and steps counted from 0; `leaf_name`
-turns an index into a key path on the host. Cost: one norm of the gradients and a selection over the inner state.
+Norms are those of `gradjax.core.scale`, so a finite gradient of 1e20 is finite here and a norm of
+1e-30 is not zero. Zero and subnormal gradients pass. Telemetry holds leaves as int32 indices (-1:
+none) and steps counted from 0; `leaf_name` turns an index into a key path on the host. Cost: one
+norm of the gradients and a selection over the inner state.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from gradjax import scale
+from gradjax.core import scale
 from gradjax.transforms.rule import RuleState, check_number
 from gradjax.transforms.wrapping import (
     Inside,
@@ -41,7 +42,8 @@ Wrapper = optax.GradientTransformationExtraArgs
 
 
 def skip_non_finite(inner: optax.GradientTransformation, repair: bool = False) -> Wrapper:
-    """Take no step whose gradient or update holds inf or NaN: zero updates, inner state as if the step had not been.
+    """Take no step whose gradient or update holds inf or NaN: zero updates, inner state as if the
+    step had not been.
 
     Where `optax.apply_if_finite` gives in after `max_consecutive_errors`, this never lets a NaN through; and an update
     that the inner transform itself made non-finite is stopped as well. Telemetry: `skipped` steps, `bad_leaf` of this
@@ -60,9 +62,15 @@ def skip_non_finite(inner: optax.GradientTransformation, repair: bool = False) -
         clipped = (bad_gradient >= 0).astype(jnp.float32)
         given = updates
         if repair:
-            entries = sum(jnp.sum(~jnp.isfinite(x), dtype=jnp.float32) for x in jax.tree.leaves(updates))
-            clipped = jnp.asarray(entries, jnp.float32) / max(sum(x.size for x in jax.tree.leaves(updates)), 1)
-            given = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), updates)
+            entries = sum(
+                jnp.sum(~jnp.isfinite(x), dtype=jnp.float32) for x in jax.tree.leaves(updates)
+            )
+            clipped = jnp.asarray(entries, jnp.float32) / max(
+                sum(x.size for x in jax.tree.leaves(updates)), 1
+            )
+            given = jax.tree.map(
+                lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), updates
+            )
         out, inner_state = wrapped.update(given, state.memory.inner_state, params, **extra)
         bad_update = first_bad_of(out)
         taken = (bad_update < 0) if repair else (bad_update < 0) & (bad_gradient < 0)
@@ -71,15 +79,21 @@ def skip_non_finite(inner: optax.GradientTransformation, repair: bool = False) -
         memory = Inside(select(taken, inner_state, state.memory.inner_state))
         skipped = state.telemetry["skipped"] + (~taken).astype(jnp.int32)
         clipped = jnp.where(taken, clipped, 1.0)
-        return out, record(state, memory, scale.log2(scale.union(norms)), clipped, bad, skipped=skipped)
+        return out, record(
+            state, memory, scale.log2(scale.union(norms)), clipped, bad, skipped=skipped
+        )
 
     return guard("skip_non_finite", inner, update, skipped=0)
 
 
 def skip_spikes(
-    inner: optax.GradientTransformation, deviations: Number = 6.0, factor: Number = 2.0, window: int = 128
+    inner: optax.GradientTransformation,
+    deviations: Number = 6.0,
+    factor: Number = 2.0,
+    window: int = 128,
 ) -> Wrapper:
-    """Take no step whose gradient norm jumps: with x = log2 ||g|| and the median m of the last `window` values,
+    """Take no step whose gradient norm jumps: with x = log2 ||g|| and the median m of the last
+    `window` values,
 
         skip  if  x > m + max(deviations * 1.4826 median|x_i - m|, log2(factor))
 
@@ -133,7 +147,9 @@ def skip_spikes(
         memory = Inside(select(taken, inner_state, state.memory.inner_state), own)
         skipped = state.telemetry["skipped"] + (~taken).astype(jnp.int32)
         bad = first_bad([norms], leaf_of)
-        return out, record(state, memory, now, (~taken).astype(jnp.float32), bad, skipped=skipped, limit=limit)
+        return out, record(
+            state, memory, now, (~taken).astype(jnp.float32), bad, skipped=skipped, limit=limit
+        )
 
     return guard("skip_spikes", inner, update, remember, skipped=0, limit=0.0)
 
@@ -171,11 +187,15 @@ def freeze_diverged(
     check_number("freeze_diverged: patience", patience, 1)
 
     def remember(params):
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # a donated buffer must not be both
+        return jax.tree.map(
+            lambda x: jnp.array(x, copy=True), params
+        )  # a donated buffer must not be both
 
     def update(wrapped, updates, state, params, extra):
         if params is None:
-            raise ValueError("freeze_diverged: it keeps and judges the parameters; call update(grads, state, params).")
+            raise ValueError(
+                "freeze_diverged: it keeps and judges the parameters; call update(grads, state, params)."
+            )
         (norms, of_params), leaf_of = leaf_norms([updates, params])
         out, inner_state = wrapped.update(updates, state.memory.inner_state, params, **extra)
         dtype = jnp.result_type(float)
@@ -188,9 +208,13 @@ def freeze_diverged(
         bad_gradient, bad_params, bad_update, bad_after = (leaf >= 0 for leaf in leaves)
         in_doubt = ~jnp.isfinite(value) | bad_gradient
         doubtful = jnp.where(in_doubt, state.telemetry["doubtful"] + 1, 0)
-        given_up, too_high = doubtful >= patience, jnp.isfinite(value) & (value > jnp.asarray(max_value, dtype))
+        given_up, too_high = (
+            doubtful >= patience,
+            jnp.isfinite(value) & (value > jnp.asarray(max_value, dtype)),
+        )
         no_value = too_high | (~jnp.isfinite(value) & given_up)
-        # in this order: a NaN in the parameters spreads to the loss, from there to the gradient and the update
+        # in this order: a NaN in the parameters spreads to the loss, from there to the gradient and
+        # the update
         causes = [bad_params | too_large, no_value, bad_gradient & given_up, bad_update | bad_after]
         causes = jnp.stack(causes)
         cause = jnp.where(jnp.any(causes), jnp.argmax(causes).astype(jnp.int32) + 1, 0)
@@ -198,7 +222,11 @@ def freeze_diverged(
         fine = (was < 0) & (cause == 0)
         new = (was < 0) & (cause != 0)
         frozen_at = jnp.where(new, state.telemetry["count"], was)
-        bad = jnp.where(bad_params, leaves[1], jnp.where(bad_gradient, leaves[0], jnp.maximum(leaves[2], leaves[3])))
+        bad = jnp.where(
+            bad_params,
+            leaves[1],
+            jnp.where(bad_gradient, leaves[0], jnp.maximum(leaves[2], leaves[3])),
+        )
         good = select(fine & ~in_doubt, params, state.memory.own)
         memory = Inside(select(fine, inner_state, state.memory.inner_state), good)
         cause = jnp.where(new, cause, state.telemetry["cause"])
@@ -212,7 +240,8 @@ def freeze_diverged(
 
 
 def last_good_params(opt_state: PyTree) -> PyTree:
-    """The parameters that `freeze_diverged` keeps, from any optimiser state that holds exactly one such guard.
+    """The parameters that `freeze_diverged` keeps, from any optimiser state that holds exactly one
+    such guard.
 
     Raises:
       ValueError: if the state holds none, or several.
@@ -227,7 +256,9 @@ def last_good_params(opt_state: PyTree) -> PyTree:
 
     found = list(find(opt_state))
     if len(found) != 1:
-        raise ValueError(f"last_good_params: the optimiser state holds {len(found)} freeze_diverged; one is needed.")
+        raise ValueError(
+            f"last_good_params: the optimiser state holds {len(found)} freeze_diverged; one is needed."
+        )
     return found[0]
 
 
@@ -237,9 +268,13 @@ def leaf_name(tree: PyTree, index: int) -> str:
     >>> leaf_name({"w": 0.0, "b": 0.0}, 1)
     "['w']"
     """
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
     if not -1 <= int(index) < len(paths):
-        raise ValueError(f"leaf_name: index is {index}; the tree has {len(paths)} leaves, -1 means none.")
+        raise ValueError(
+            f"leaf_name: index is {index}; the tree has {len(paths)} leaves, -1 means none."
+        )
     return paths[int(index)] if index >= 0 else ""
 
 
@@ -247,7 +282,9 @@ def leaf_name(tree: PyTree, index: int) -> str:
 
 
 def _owners(state: PyTree, params: PyTree) -> list[int]:
-    """For every leaf of the state the index of the parameter whose path its own ends in (the longest), or -1."""
+    """For every leaf of the state the index of the parameter whose path its own ends in (the
+    longest), or -1.
+    """
     of_params = jax.tree_util.tree_flatten_with_path(params)[0]
 
     def owner(path, leaf):
@@ -258,7 +295,9 @@ def _owners(state: PyTree, params: PyTree) -> list[int]:
             for i, (name, p) in enumerate(of_params)
             if len(name) <= len(path)
             and path[len(path) - len(name) :] == name
-            and (name or jnp.shape(leaf) == jnp.shape(p))  # a bare array has no name: only its shape tells
+            and (
+                name or jnp.shape(leaf) == jnp.shape(p)
+            )  # a bare array has no name: only its shape tells
         ]
         return max(fits)[1] if fits else -1
 
@@ -271,7 +310,8 @@ def _any_like(bad: Array, like: Array) -> Array:
 
 
 def restore_moments(inner: optax.GradientTransformation) -> Wrapper:
-    """Entries whose moments (or update) became inf or NaN keep the moments they had and get the update zero.
+    """Entries whose moments (or update) became inf or NaN keep the moments they had and get the
+    update zero.
 
     For such an entry it is as if the step had not been (shared counters go on); all others are untouched, bit for bit.
     A moment that is not finite even before the step (a checkpoint of a run already damaged) restarts at zero with its
@@ -309,7 +349,9 @@ def restore_moments(inner: optax.GradientTransformation) -> Wrapper:
             if i < 0:
                 if not jnp.issubdtype(jnp.asarray(value).dtype, jnp.inexact):
                     return value
-                return jnp.where(jnp.isfinite(value), value, jnp.where(jnp.isfinite(previous), previous, 0))
+                return jnp.where(
+                    jnp.isfinite(value), value, jnp.where(jnp.isfinite(previous), previous, 0)
+                )
             kept = jnp.where(_any_like(spoiled[i], value), jnp.zeros_like(previous), previous)
             return jnp.where(_any_like(bad[i], value), kept, value)
 

@@ -1,11 +1,14 @@
-"""Projections of the weights after the step, and penalties: constraints on what the parameters may become.
+"""Projections of the weights after the step, and penalties: constraints on what the parameters may
+become.
 
-A projection P is a transform that comes *last* in the chain, after the learning rate, and sees the parameters:
+A projection P is a transform that comes *last* in the chain, after the learning rate, and sees the
+parameters:
 
     u' = P(p + u) - p,   so that   p + u' = P(p + u)   to a rounding of p
 
-A group that fulfils its constraint keeps its update bit for bit: projected twice is projected once. Groups that hold
-inf or NaN, or would after the step, are passed on (`guards` decides). For a part of the tree use `optax.masked`.
+A group that fulfils its constraint keeps its update bit for bit: projected twice is projected once.
+Groups that hold inf or NaN, or would after the step, are passed on (`guards` decides). For a part
+of the tree use `optax.masked`.
 
 Penalties, and where Optax has them already:
 
@@ -22,13 +25,24 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from gradjax import scale
-from gradjax.scale import Norm
+from gradjax.core import scale
+from gradjax.core.scale import Norm
 from gradjax.transforms.clipping import limit_to, unit_axes
-from gradjax.transforms.rule import Outcome, PyTree, Stacked, check_number, columns, layer_axes, rule, stacked_leaves
+from gradjax.transforms.rule import (
+    Outcome,
+    PyTree,
+    Stacked,
+    check_number,
+    columns,
+    layer_axes,
+    rule,
+    stacked_leaves,
+)
 
 Number = float | Array
-Projected = tuple[Array, Array, PyTree]  # the point, where it was moved (broadcasts against it), memory
+Projected = tuple[
+    Array, Array, PyTree
+]  # the point, where it was moved (broadcasts against it), memory
 
 
 def projection(
@@ -39,7 +53,8 @@ def projection(
 ) -> optax.GradientTransformationExtraArgs:
     """A projection from a function of one leaf.
 
-    Telemetry: log2_norm of p + u per leaf (per layer of a stacked one), clipped = the share of its entries moved.
+    Telemetry: log2_norm of p + u per leaf (per layer of a stacked one), clipped = the share of its
+      entries moved.
 
     Args:
       name: of the rule.
@@ -54,17 +69,25 @@ def projection(
         where = jnp.broadcast_to(where, p.shape)
         axes = layer_axes(p, is_stacked)
         size = scale.log2(scale.array_norm(point, axes))
-        share = jnp.mean(where.astype(jnp.float32), axis=axes) if p.size else jnp.zeros(p.shape[: int(is_stacked)])
+        share = (
+            jnp.mean(where.astype(jnp.float32), axis=axes)
+            if p.size
+            else jnp.zeros(p.shape[: int(is_stacked)])
+        )
         step = jnp.where(where, (projected - p).astype(u.dtype), u)
         return step, size.reshape(size.shape[: int(is_stacked)]), share, memory
 
     def init(params):
         flags = jax.tree.leaves(stacked_leaves(stacked, params))
-        return tuple(remember(p, flag) for p, flag in zip(jax.tree.leaves(params), flags, strict=True))
+        return tuple(
+            remember(p, flag) for p, flag in zip(jax.tree.leaves(params), flags, strict=True)
+        )
 
     def update(updates, memory, params):
         if params is None:
-            raise ValueError(f"{name}: it projects the parameters; call update(updates, state, params).")
+            raise ValueError(
+                f"{name}: it projects the parameters; call update(updates, state, params)."
+            )
         steps, structure = jax.tree.flatten(updates)
         flags = jax.tree.leaves(stacked_leaves(stacked, updates))
         of_params = structure.flatten_up_to(params)
@@ -94,14 +117,16 @@ def weight_clip(max_delta: Number = 0.01) -> optax.GradientTransformationExtraAr
 
 
 def max_norm(limit: Number, stacked: Stacked = None) -> optax.GradientTransformationExtraArgs:
-    """The incoming weights of every unit to a norm of at most `limit`: w <- w min(1, limit / ||w||).
+    """The incoming weights of every unit to a norm of at most `limit`: w <- w min(1, limit /
+    ||w||).
 
     A unit is a column of an (in, out) kernel, a filter of a convolution (`clipping.unit_axes`). Vectors and scalars
     (biases, gains) have no incoming weights and are left alone.
 
     Args:
       limit: non-negative, may be traced; 3 to 4 in the paper's appendix A.2.
-      stacked: the leaves whose first axis is the layer of a scan: a prefix tree of bools or a predicate on the path.
+      stacked: the leaves whose first axis is the layer of a scan: a prefix tree of bools or a
+        predicate on the path.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov 2014, Dropout, JMLR 15, section 5.1;
@@ -142,7 +167,9 @@ def spectral_norm(
     """
     check_number("spectral_norm: limit", limit, open_low=True)
     if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"spectral_norm: num_steps is {num_steps}; an integer in [1, inf] is needed.")
+        raise ValueError(
+            f"spectral_norm: num_steps is {num_steps}; an integer in [1, inf] is needed."
+        )
 
     def remember(p, is_stacked):
         if jnp.ndim(p) - int(is_stacked) < 2:
@@ -181,7 +208,9 @@ def spectral_norm(
     return projection("spectral_norm", project, stacked, remember)
 
 
-def proximal_l1(strength: Number, learning_rate: Number | optax.Schedule) -> optax.GradientTransformationExtraArgs:
+def proximal_l1(
+    strength: Number, learning_rate: Number | optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
     """Decoupled L1: p <- sign(z) max(|z| - eta lambda, 0) with z = p + u, exact zeros included.
 
     The proximal step of eta lambda |p|, the step of ISTA where u is -eta g: last in the chain, with the chain's own
@@ -211,7 +240,8 @@ def proximal_l1(strength: Number, learning_rate: Number | optax.Schedule) -> opt
 
 
 def add_l1(strength: Number) -> optax.GradientTransformationExtraArgs:
-    """Coupled L1: g + lambda sign(p), the subgradient of lambda ||p||_1, 0 at 0; before the optimiser.
+    """Coupled L1: g + lambda sign(p), the subgradient of lambda ||p||_1, 0 at 0; before the
+    optimiser.
 
     Args:
       strength: lambda, non-negative, may be traced.
@@ -223,7 +253,9 @@ def add_l1(strength: Number) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, memory, params):
         if params is None:
-            raise ValueError("add_l1: it adds the sign of the parameters; call update(grads, state, params).")
+            raise ValueError(
+                "add_l1: it adds the sign of the parameters; call update(grads, state, params)."
+            )
         add = lambda g, p: g + jnp.asarray(strength, g.dtype) * jnp.sign(p).astype(g.dtype)
         share = jnp.zeros((), jnp.float32)
         return Outcome(jax.tree.map(add, updates, params), scale.log2(scale.norm(updates)), share)

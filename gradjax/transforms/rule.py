@@ -1,11 +1,14 @@
-"""What every rule shares: its state with telemetry, `telemetry(opt_state)`, `stacked=`, checks of static arguments.
+"""What every rule shares: its state with telemetry, `telemetry(opt_state)`, `stacked=`, checks of
+static arguments.
 
-A rule is one pure function on the updates, wrapped by `rule` into an `optax.GradientTransformationExtraArgs`:
+A rule is one pure function on the updates, wrapped by `rule` into an
+`optax.GradientTransformationExtraArgs`:
 
     update(updates, memory, params) -> Outcome(updates, memory, log2_norm, clipped)
 
-`RuleState` records log2_norm before the rule, whether (or which share of it) was clipped, and the running mean of
-that. Its structure is fixed, so it lives in `lax.scan` and in a checkpoint; its rule's name is static.
+`RuleState` records log2_norm before the rule, whether (or which share of it) was clipped, and the
+running mean of that. Its structure is fixed, so it lives in `lax.scan` and in a checkpoint; its
+rule's name is static.
 """
 
 import dataclasses
@@ -29,7 +32,9 @@ Stacked = PyTree | Callable[[str], bool] | None
 class RuleState:
     """State of a rule: what it remembers, and what it has seen."""
 
-    telemetry: dict[str, PyTree]  # scalars, `Figures`, or params-shaped trees of scalars ((depth,) for a stacked leaf)
+    telemetry: dict[
+        str, PyTree
+    ]  # scalars, `Figures`, or params-shaped trees of scalars ((depth,) for a stacked leaf)
     memory: PyTree
     rule: str = dataclasses.field(metadata={"static": True})
 
@@ -37,28 +42,43 @@ class RuleState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Many scalars of the last measured steps as one array: a step that returns each by itself pays for each.
+    """Many scalars of the last measured steps as one array: a step that returns each by itself pays
+    for each.
 
     The names are static: they cost the compiled step nothing, and a checkpoint holds the numbers alone.
     """
 
     values: Array  # (..., rows, fields, groups), the newest row last; groups: leaves, and layers of a stacked leaf
     fields: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    leaves: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})  # key path, layers (0: no stack)
-    every: int = dataclasses.field(default=1, metadata={"static": True})  # steps from one row to the next
+    leaves: tuple[tuple[str, int], ...] = dataclasses.field(
+        metadata={"static": True}
+    )  # key path, layers (0: no stack)
+    every: int = dataclasses.field(
+        default=1, metadata={"static": True}
+    )  # steps from one row to the next
 
     def named(self) -> dict[str, Any]:
-        """The newest row: `<field>/<key path>` -> () or (layers,), behind the axes of a vmap; NumPy unless traced."""
+        """The newest row: `<field>/<key path>` -> () or (layers,), behind the axes of a vmap; NumPy
+        unless traced.
+        """
         values = self.values if isinstance(self.values, Tracer) else np.asarray(self.values)
-        columns = [(name, part) for name, part in zip((x for x, _ in self.leaves), self.columns(), strict=True)]
+        columns = [
+            (name, part)
+            for name, part in zip((x for x, _ in self.leaves), self.columns(), strict=True)
+        ]
         return {
-            f"{field}/{name}": values[..., -1, i, part] for i, field in enumerate(self.fields) for name, part in columns
+            f"{field}/{name}": values[..., -1, i, part]
+            for i, field in enumerate(self.fields)
+            for name, part in columns
         }
 
     def columns(self) -> list[int | slice]:
         """Where each leaf's groups are on the last axis of `values`."""
         ends = np.cumsum([0] + [layers or 1 for _, layers in self.leaves]).tolist()
-        return [slice(a, b) if layers else a for a, b, (_, layers) in zip(ends, ends[1:], self.leaves, strict=False)]
+        return [
+            slice(a, b) if layers else a
+            for a, b, (_, layers) in zip(ends, ends[1:], self.leaves, strict=False)
+        ]
 
 
 class Outcome(NamedTuple):
@@ -72,7 +92,9 @@ class Outcome(NamedTuple):
 
 
 def rule(
-    name: str, update: Callable[[PyTree, PyTree, PyTree], Outcome], init: Callable[[PyTree], PyTree] | None = None
+    name: str,
+    update: Callable[[PyTree, PyTree, PyTree], Outcome],
+    init: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transform from a function on the updates.
 
@@ -100,14 +122,20 @@ def rule(
         count = state.telemetry["count"] + 1
         mean = lambda old, new: old + (new - old) / count.astype(old.dtype)
         fraction = jax.tree.map(mean, state.telemetry["clip_fraction"], out.clipped)
-        telemetry = {"log2_norm": out.log2_norm, "clipped": out.clipped, "clip_fraction": fraction, "count": count}
+        telemetry = {
+            "log2_norm": out.log2_norm,
+            "clipped": out.clipped,
+            "clip_fraction": fraction,
+            "count": count,
+        }
         return out.updates, RuleState(telemetry | out.extra, out.memory, name)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
 
 
 def telemetry(opt_state: PyTree) -> dict[str, Array]:
-    """Every rule's telemetry of an optimiser state, flat: `<position>.<rule>/<field>[/<leaf>]` -> array.
+    """Every rule's telemetry of an optimiser state, flat: `<position>.<rule>/<field>[/<leaf>]` ->
+    array.
 
     The position is the place in the chain ("0", "1.0" in a chain within a chain; names where the wrapper has names, as
     the labels of `optax.multi_transform`). Works through chains, masks, `multi_transform` and `inject_hyperparams`;
@@ -120,7 +148,9 @@ def telemetry(opt_state: PyTree) -> dict[str, Array]:
     >>> {k: round(float(v), 2) for k, v in telemetry(state).items()}["0.clip_by_global_norm/log2_norm"]
     67.44
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=lambda x: isinstance(x, RuleState))
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        opt_state, is_leaf=lambda x: isinstance(x, RuleState)
+    )
     found = {}
     for path, node in flat:
         if not isinstance(node, RuleState):
@@ -128,7 +158,12 @@ def telemetry(opt_state: PyTree) -> dict[str, Array]:
         position = ".".join(part for part in map(_part, path) if part) or "0"
         for field, tree in node.telemetry.items():
             if isinstance(tree, Figures):
-                found.update({f"{position}.{node.rule}/{name}": value for name, value in tree.named().items()})
+                found.update(
+                    {
+                        f"{position}.{node.rule}/{name}": value
+                        for name, value in tree.named().items()
+                    }
+                )
                 continue
             leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
             for leaf_path, value in leaves:
@@ -139,7 +174,9 @@ def telemetry(opt_state: PyTree) -> dict[str, Array]:
 
 
 def _part(key: Any) -> str:
-    """One step of a path in an optimiser state: indices and labels count, the wrappers' field names do not."""
+    """One step of a path in an optimiser state: indices and labels count, the wrappers' field names
+    do not.
+    """
     if isinstance(key, jax.tree_util.SequenceKey):
         return str(key.idx)
     if isinstance(key, jax.tree_util.DictKey):
@@ -160,24 +197,33 @@ def stacked_leaves(stacked: Stacked, tree: PyTree) -> PyTree:
       tree: the updates or params.
     """
     if callable(stacked):
-        named = jax.tree_util.tree_map_with_path(lambda path, _: bool(stacked(jax.tree_util.keystr(path))), tree)
+        named = jax.tree_util.tree_map_with_path(
+            lambda path, _: bool(stacked(jax.tree_util.keystr(path))), tree
+        )
     else:
         try:
             prefix = False if stacked is None else stacked
-            named = jax.tree.map(lambda flag, branch: jax.tree.map(lambda _: bool(flag), branch), prefix, tree)
+            named = jax.tree.map(
+                lambda flag, branch: jax.tree.map(lambda _: bool(flag), branch), prefix, tree
+            )
         except ValueError as error:
             raise ValueError(
                 f"stacked: its structure {jax.tree.structure(stacked)} is no prefix of the updates' "
                 f"{jax.tree.structure(tree)}; pass a prefix tree of bools or a predicate on the key path."
             ) from error
-    scalar = [flag and jnp.ndim(x) == 0 for flag, x in zip(jax.tree.leaves(named), jax.tree.leaves(tree), strict=True)]
+    scalar = [
+        flag and jnp.ndim(x) == 0
+        for flag, x in zip(jax.tree.leaves(named), jax.tree.leaves(tree), strict=True)
+    ]
     if any(scalar):
         raise ValueError("stacked: a scalar leaf has no layer axis; leave it out of `stacked`.")
     return named
 
 
 def columns(structure: Any, rows: Sequence[tuple], count: int) -> list[PyTree]:
-    """The `count` trees whose leaves are the columns of rows, one row for each leaf of the structure."""
+    """The `count` trees whose leaves are the columns of rows, one row for each leaf of the
+    structure.
+    """
     return [jax.tree.unflatten(structure, [row[k] for row in rows]) for k in range(count)]
 
 
@@ -189,8 +235,11 @@ def layer_axes(x: Array, is_stacked: bool) -> tuple[int, ...]:
 # -- checks ----------------------------------------------------------------------------------------------
 
 
-def check_number(where: str, value: Any, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Refuse a static number outside [low, high] ((low, high] with `open_low`) or NaN; traced values pass.
+def check_number(
+    where: str, value: Any, low: float = 0.0, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Refuse a static number outside [low, high] ((low, high] with `open_low`) or NaN; traced
+    values pass.
 
     Raises:
       ValueError: with the value and the allowed range.

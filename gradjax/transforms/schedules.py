@@ -1,9 +1,11 @@
-"""Schedules whose numbers may be traced: one compiled program trains a whole vmapped sweep of learning rates.
+"""Schedules whose numbers may be traced: one compiled program trains a whole vmapped sweep of
+learning rates.
 
-Optax's `warmup_cosine_decay_schedule`, `exponential_decay`, `piecewise_constant_schedule` and `reduce_on_plateau` ask a
-Python `if` about their floats and raise on a tracer. These have their names, arguments and (to rounding) values; every
-number, floats and step counts alike, may be traced and vmapped. A schedule is a function step -> value in float32
-(float64 under x64). Static numbers are checked, traced ones are not.
+Optax's `warmup_cosine_decay_schedule`, `exponential_decay`, `piecewise_constant_schedule` and
+`reduce_on_plateau` ask a Python `if` about their floats and raise on a tracer. These have their
+names, arguments and (to rounding) values; every number, floats and step counts alike, may be traced
+and vmapped. A schedule is a function step -> value in float32 (float64 under x64). Static numbers
+are checked, traced ones are not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +41,8 @@ def warmup_cosine_decay_schedule(
     end_value: Number = 0.0,
     exponent: Number = 1.0,
 ) -> optax.Schedule:
-    """Linear from `init_value` to `peak_value` in `warmup_steps`, then half a cosine to `end_value`.
+    """Linear from `init_value` to `peak_value` in `warmup_steps`, then half a cosine to
+    `end_value`.
 
         peak (alpha + (1 - alpha) ((1 + cos(pi t / T)) / 2)^exponent),  T = decay_steps - warmup_steps,
         t = step - warmup_steps, alpha = end_value / peak_value
@@ -59,13 +62,22 @@ def warmup_cosine_decay_schedule(
     check_number("warmup_cosine_decay_schedule: warmup_steps", warmup_steps)
     check_number("warmup_cosine_decay_schedule: decay_steps", decay_steps, open_low=True)
     if not isinstance(warmup_steps, Tracer) and not isinstance(decay_steps, Tracer):
-        check_number("warmup_cosine_decay_schedule: decay_steps - warmup_steps", decay_steps - warmup_steps)
+        check_number(
+            "warmup_cosine_decay_schedule: decay_steps - warmup_steps", decay_steps - warmup_steps
+        )
 
     def schedule(count):
         first, peak, last = map(_float, (init_value, peak_value, end_value))
         rising = first + (peak - first) * _share(count, warmup_steps)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * _share(_float(count) - _float(warmup_steps), decay_steps - warmup_steps)))
-        falling = jnp.where(peak == 0, 0, last + (peak - last) * jnp.power(cosine, _float(exponent)))
+        cosine = 0.5 * (
+            1
+            + jnp.cos(
+                jnp.pi * _share(_float(count) - _float(warmup_steps), decay_steps - warmup_steps)
+            )
+        )
+        falling = jnp.where(
+            peak == 0, 0, last + (peak - last) * jnp.power(cosine, _float(exponent))
+        )
         return jnp.where(_float(count) < _float(warmup_steps), rising, falling)
 
     return schedule
@@ -79,7 +91,8 @@ def exponential_decay(
     staircase: bool = False,
     end_value: Number | None = None,
 ) -> optax.Schedule:
-    """init_value * decay_rate^((step - transition_begin) / transition_steps), after `transition_begin`.
+    """init_value * decay_rate^((step - transition_begin) / transition_steps), after
+    `transition_begin`.
 
     Args:
       init_value: value up to `transition_begin`.
@@ -107,7 +120,8 @@ def exponential_decay(
 
 
 def piecewise_constant_schedule(
-    init_value: Number, boundaries_and_scales: Mapping[int, Number] | Sequence[tuple[Steps, Number]] | None = None
+    init_value: Number,
+    boundaries_and_scales: Mapping[int, Number] | Sequence[tuple[Steps, Number]] | None = None,
 ) -> optax.Schedule:
     """init_value times every scale whose boundary has been reached (step >= boundary): step decay.
 
@@ -124,7 +138,9 @@ def piecewise_constant_schedule(
     def schedule(count):
         value = _float(init_value)
         for boundary, factor in pairs:
-            value = value * jnp.where(jnp.asarray(count) >= jnp.asarray(boundary), _float(factor), 1)
+            value = value * jnp.where(
+                jnp.asarray(count) >= jnp.asarray(boundary), _float(factor), 1
+            )
         return value
 
     return schedule
@@ -133,7 +149,8 @@ def piecewise_constant_schedule(
 def growth_limited_warmup(
     schedule: Number | optax.Schedule, init_value: Number, max_growth: Number = 1.02
 ) -> optax.Schedule:
-    """min(schedule(step), init_value * max_growth^step): from `init_value` at most a factor of `max_growth` per step.
+    """min(schedule(step), init_value * max_growth^step): from `init_value` at most a factor of
+    `max_growth` per step.
 
     A warm-up that asks for a rate of growth, not for a length: from 1e-6 it takes 349 steps to 1e-3 at 1.02, and 581
     to 1e-1. While the limit binds, log(learning rate) grows linearly; afterwards the schedule rules.
@@ -189,19 +206,28 @@ def reduce_on_plateau(
     check_number("reduce_on_plateau: factor", factor, 0.0, 1.0, open_low=True)
     check_number("reduce_on_plateau: rtol", rtol, 0.0, 1.0)
     check_number("reduce_on_plateau: accumulation_size", accumulation_size, 1)
-    for name, value in (("atol", atol), ("patience", patience), ("cooldown", cooldown), ("min_scale", min_scale)):
+    for name, value in (
+        ("atol", atol),
+        ("patience", patience),
+        ("cooldown", cooldown),
+        ("min_scale", min_scale),
+    ):
         check_number(f"reduce_on_plateau: {name}", value)
     integer = lambda x: jnp.asarray(x).astype(jnp.int32)
 
     def init_fn(params):
         counters = {name: integer(0) for name in ("plateau_count", "cooldown_count", "count")}
         return RuleState(
-            {"scale": _float(1), "best_value": _float(jnp.inf), "mean": _float(0)} | counters, (), "reduce_on_plateau"
+            {"scale": _float(1), "best_value": _float(jnp.inf), "mean": _float(0)} | counters,
+            (),
+            "reduce_on_plateau",
         )
 
     def update_fn(updates, state, params=None, *, value=None, **_):
         if value is None:
-            raise ValueError("reduce_on_plateau: it follows the loss; call update(grads, state, params, value=loss).")
+            raise ValueError(
+                "reduce_on_plateau: it follows the loss; call update(grads, state, params, value=loss)."
+            )
         old = state.telemetry
         count = old["count"] + 1
         mean = (_float(old["count"]) * old["mean"] + _float(value)) / _float(count)
@@ -210,13 +236,17 @@ def reduce_on_plateau(
         resting = old["cooldown_count"] > 0
         waited = jnp.where(better | resting, 0, old["plateau_count"] + 1)
         reduce = ~resting & (jnp.where(better, 0, old["plateau_count"] + 1) == integer(patience))
-        smaller = jnp.maximum(jnp.where(reduce, old["scale"] * _float(factor), old["scale"]), _float(min_scale))
+        smaller = jnp.maximum(
+            jnp.where(reduce, old["scale"] * _float(factor), old["scale"]), _float(min_scale)
+        )
         new = {
             "scale": jnp.where(resting, old["scale"], smaller),
             "best_value": jnp.where(better, mean, old["best_value"]),
             "mean": _float(0),
             "plateau_count": jnp.where(reduce, 0, waited),
-            "cooldown_count": jnp.where(resting, old["cooldown_count"] - 1, jnp.where(reduce, integer(cooldown), 0)),
+            "cooldown_count": jnp.where(
+                resting, old["cooldown_count"] - 1, jnp.where(reduce, integer(cooldown), 0)
+            ),
             "count": integer(0),
         }
         unfinished = old | {"mean": mean, "count": count}

@@ -1,4 +1,6 @@
-"""What the wrappers of a transform share: their state, their telemetry, and which leaf is not finite."""
+"""What the wrappers of a transform share: their state, their telemetry, and which leaf is not
+finite.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,8 +11,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from gradjax import scale
-from gradjax.scale import Norm
+from gradjax.core import scale
+from gradjax.core.scale import Norm
 from gradjax.transforms.rule import RuleState, Stacked, layer_axes, stacked_leaves
 
 PyTree = Any
@@ -24,10 +26,12 @@ class Inside(NamedTuple):
 
 
 def leaf_norms(trees: Sequence[PyTree], stacked: Stacked = None) -> tuple[list[Norm], np.ndarray]:
-    """The norms of all leaves (of every layer of a stacked leaf) of trees of one structure, one after the other.
+    """The norms of all leaves (of every layer of a stacked leaf) of trees of one structure, one
+    after the other.
 
     Returns:
-      a `Norm` of shape (groups,) for every tree, in the order of `jax.tree.leaves`; and the leaf of each group.
+      a `Norm` of shape (groups,) for every tree, in the order of `jax.tree.leaves`; and the leaf of
+      each group.
     """
     leaves = [jax.tree.leaves(tree) for tree in trees]
     flags = jax.tree.leaves(stacked_leaves(stacked, trees[0]))
@@ -50,9 +54,16 @@ def first_bad(norms: Sequence[Norm], leaf_of: np.ndarray) -> Array:
 
 
 def record(
-    state: RuleState, memory: PyTree, log2_norm: PyTree, clipped: PyTree, bad_leaf: Array, **extra: Any
+    state: RuleState,
+    memory: PyTree,
+    log2_norm: PyTree,
+    clipped: PyTree,
+    bad_leaf: Array,
+    **extra: Any,
 ) -> RuleState:
-    """The next state of a wrapper: running clip_fraction, count, and the first bad leaf of the run with its step."""
+    """The next state of a wrapper: running clip_fraction, count, and the first bad leaf of the run
+    with its step.
+    """
     old = state.telemetry
     count = old["count"] + 1
     mean = lambda before, now: before + (now - before) / count.astype(before.dtype)
@@ -70,7 +81,9 @@ def record(
 
 
 def select(new_if: Array, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where the scalar `new_if` holds, else `old`: a selection, so NaN in the one cannot reach the other."""
+    """`new` where the scalar `new_if` holds, else `old`: a selection, so NaN in the one cannot
+    reach the other.
+    """
     return jax.tree.map(lambda a, b: jnp.where(new_if, a, b), new, old)
 
 
@@ -110,8 +123,13 @@ def guard(
         telemetry = {"log2_norm": zero, "clipped": jnp.float32(0), "clip_fraction": jnp.float32(0)}
         marks = {"count": count_of()}  # one array each: a buffer cannot be donated twice
         marks |= {name: count_of(-1) for name in ("bad_leaf", "first_bad_leaf", "first_bad_step")}
-        own = {k: count_of(v) if isinstance(v, int) else jnp.full_like(zero, v) for k, v in extra.items()}
-        return RuleState(telemetry | marks | own, Inside(wrapped.init(params), remember(params)), name)
+        own = {
+            k: count_of(v) if isinstance(v, int) else jnp.full_like(zero, v)
+            for k, v in extra.items()
+        }
+        return RuleState(
+            telemetry | marks | own, Inside(wrapped.init(params), remember(params)), name
+        )
 
     def update_fn(updates, state, params=None, **extra):
         return update(wrapped, updates, state, params, extra)

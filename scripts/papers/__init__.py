@@ -1,4 +1,5 @@
-"""The papers' plots: one module per figure, discovered by `scripts/reproduce.py`, which is this folder's command.
+"""The papers' plots: one module per figure, discovered by `scripts/reproduce.py`, which is this
+folder's command.
 
 A module is a figure:
 
@@ -11,7 +12,8 @@ A module is a figure:
     check(ds)   -> tuple[Claim, ...]    what the paper says, against what was measured (`papers.common`)
     TIER        1 (the default where it is left out): initialisation only; 2: small training
 
-`check` expects what the paper's setting gives, whatever the config was: so a wrong setting fails. A module changes none
-of JAX's global settings (`with jax.enable_x64(True)` is local), imports nothing from another figure, and keeps complex
-numbers as two real variables, which netCDF can hold. Names that start with an underscore, and `common`, are no figures.
+`check` expects what the paper's setting gives, whatever the config was: so a wrong setting fails. A
+module changes none of JAX's global settings (`with jax.enable_x64(True)` is local), imports nothing
+from another figure, and keeps complex numbers as two real variables, which netCDF can hold. Names
+that start with an underscore, and `common`, are no figures.
 """

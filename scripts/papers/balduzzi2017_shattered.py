@@ -1,18 +1,23 @@
-"""Balduzzi 2017: gradients of deep rectifier networks shatter into white noise, and skips prevent it.
+"""Balduzzi 2017: gradients of deep rectifier networks shatter into white noise, and skips prevent
+it.
 
-The shattered gradients problem, arXiv 1702.08591, figures 1 to 3: the gradients g_i = d f(x_i) / d h of two examples
-lose their correlation with depth, halved by each layer of a BN-ReLU network, and far more slowly with skips.
+The shattered gradients problem, arXiv 1702.08591, figures 1 to 3: the gradients g_i = d f(x_i) / d
+h of two examples lose their correlation with depth, halved by each layer of a BN-ReLU network, and
+far more slowly with skips.
 
-The laws for the blocks here, which are exact at infinite width. Feedforward, h' = W relu(BN(h)): in a batch of B
-normalised pairs have the correlation -1/(B-1), and the gradients' falls by r = 1/2 - arcsin(1/(B-1))/pi per layer
-(`meanfield.gradient_correlation`), 1/2 for large B. Residual, h' = h + W relu(BN(h)), sigma_w^2 = 2: the batch's
-variance of a unit grows by (1 - 1/B)(1 - 2 E phi_1 phi_2) per layer, to v_l, so that the branch has the mean squared
-Jacobian b_l = E[1/v] = (B-1)/((B-3) v_l), and the correlation falls by (1 + b_l r)/(1 + b_l). As (1 - 1/pi) l -> v_l,
-it goes as l^(-1/(2 - 2/pi)) = l^-0.73; the paper's l^-1/2 neglects that BatchNorm takes the mean away. The statistics
-of the batch are constants in the gradient: f(x_i) is differentiated by its own input, as at test time.
+The laws for the blocks here, which are exact at infinite width. Feedforward, h' = W relu(BN(h)): in
+a batch of B normalised pairs have the correlation -1/(B-1), and the gradients' falls by r = 1/2 -
+arcsin(1/(B-1))/pi per layer (`meanfield.gradient_correlation`), 1/2 for large B. Residual, h' = h +
+W relu(BN(h)), sigma_w^2 = 2: the batch's variance of a unit grows by (1 - 1/B)(1 - 2 E phi_1 phi_2)
+per layer, to v_l, so that the branch has the mean squared Jacobian b_l = E[1/v] = (B-1)/((B-3)
+v_l), and the correlation falls by (1 + b_l r)/(1 + b_l). As (1 - 1/pi) l -> v_l, it goes as
+l^(-1/(2 - 2/pi)) = l^-0.73; the paper's l^-1/2 neglects that BatchNorm takes the mean away. The
+statistics of the batch are constants in the gradient: f(x_i) is differentiated by its own input, as
+at test time.
 
-Verified by simulation: both laws, layer by layer. Figure 1's curves are drawn as in the paper, at width 200, as an
-illustration without a claim. Not covered: the paper's beta rescaling, its "looks linear" initialisation, training.
+Verified by simulation: both laws, layer by layer. Figure 1's curves are drawn as in the paper, at
+width 200, as an illustration without a claim. Not covered: the paper's beta rescaling, its "looks
+linear" initialisation, training.
 """
 
 import functools
@@ -25,12 +30,16 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import meanfield
+from gradjax.theory import meanfield
 from papers.common import COLOURS, GREY, MEASURED, THEORY, Claim, close, mean_error, panels, points
 
 SOURCE = "formula 10, arXiv 1702.08591"
 KINDS = ("feedforward", "residual")
-LINES = {"1-layer feedforward": (1, 0.0), "24-layer feedforward": (24, 0.0), "50-layer residual": (50, 1.0)}
+LINES = {
+    "1-layer feedforward": (1, 0.0),
+    "24-layer feedforward": (24, 0.0),
+    "50-layer residual": (50, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,16 @@ CONTROLS = {
 }
 
 
-def gradients(h: jax.Array, weights: jax.Array, readout: jax.Array, skip: jax.Array, activation: str) -> jax.Array:
+def gradients(
+    h: jax.Array, weights: jax.Array, readout: jax.Array, skip: jax.Array, activation: str
+) -> jax.Array:
     """(depth + 1, batch, width) gradients of f(x_i) = readout . h_i, at the last state first."""
     phi = {"relu": jax.nn.relu, "linear": lambda h: h}[activation]
 
     def layer(h, w):
-        mean, deviation = (jax.lax.stop_gradient(f(h, axis=0, keepdims=True)) for f in (jnp.mean, jnp.std))
+        mean, deviation = (
+            jax.lax.stop_gradient(f(h, axis=0, keepdims=True)) for f in (jnp.mean, jnp.std)
+        )
         return gradjax.tap(skip * h + phi((h - mean) / deviation) @ w, "h"), None
 
     found = gradjax.probe(lambda h: jnp.sum(jax.lax.scan(layer, h, weights)[0] @ readout), h)
@@ -66,7 +79,9 @@ def gradients(h: jax.Array, weights: jax.Array, readout: jax.Array, skip: jax.Ar
 
 
 def correlation(key: jax.Array, *, skip: float, depth: int, config: Config) -> jax.Array:
-    """(depth + 1,) mean over pairs and readouts of g_i . g_j over the mean of g_i . g_i, l layers before the last."""
+    """(depth + 1,) mean over pairs and readouts of g_i . g_j over the mean of g_i . g_i, l layers
+    before the last.
+    """
     (of_h, of_w, of_v), n = jax.random.split(key, 3), config.width
     h = jax.random.normal(of_h, (config.batch, n))
     weights = config.sigma_w / n**0.5 * jax.random.normal(of_w, (depth, n, n))
@@ -75,7 +90,9 @@ def correlation(key: jax.Array, *, skip: float, depth: int, config: Config) -> j
         g = gradients(h, weights, readout, jnp.float32(skip), config.activation)
         return jnp.sum(g**2, axis=(1, 2)), jnp.sum(jnp.sum(g, axis=1) ** 2, axis=1)
 
-    squares, total = (x.sum(0) for x in jax.vmap(sums)(jax.random.normal(of_v, (config.readouts, n))))
+    squares, total = (
+        x.sum(0) for x in jax.vmap(sums)(jax.random.normal(of_v, (config.readouts, n)))
+    )
     return (total / squares - 1) / (config.batch - 1)
 
 
@@ -101,7 +118,9 @@ def theory(kind: str, depth: int, batch: int) -> np.ndarray:
 
 
 def run(config: Config) -> xr.Dataset:
-    """Correlations per network and layer, and the gradients of three networks of one-dimensional inputs."""
+    """Correlations per network and layer, and the gradients of three networks of one-dimensional
+    inputs.
+    """
     key, lines = jax.random.split(jax.random.key(config.seed))
     ds = xr.Dataset()
     for skip, (kind, depth) in enumerate(zip(KINDS, config.depths, strict=True)):
@@ -117,7 +136,8 @@ def run(config: Config) -> xr.Dataset:
 
 
 def by_depth(ds: xr.Dataset, name: str) -> np.ndarray:
-    """(networks, depth + 1) or (depth + 1,): the correlation at the input of a network of each depth.
+    """(networks, depth + 1) or (depth + 1,): the correlation at the input of a network of each
+    depth.
 
     With skips the layer matters: those after the L-th multiply the correlations at states 0 and L alike, so that their
     ratio is that of a network of depth L. Without, all layers are alike.
@@ -141,11 +161,19 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
         x, what = (depth, "depth") if kind == "feedforward" else (np.log1p(depth), "log(1 + depth)")
         found, expected = (slope(x[used], y[used], error[used]) for y in (mean, law))
         statement = f"{kind}: slope of the log correlation over {what}"
-        claims.append(close(statement, found, expected, SOURCE + ", law of this block", relative=0.05))
+        claims.append(
+            close(statement, found, expected, SOURCE + ", law of this block", relative=0.05)
+        )
         at = depth[-1] // 2 if kind == "feedforward" else depth[-1]
         one = {"error": error[at], "dof": dof, "relative": 0.06}
         claims.append(
-            close(f"{kind}: correlation at depth {at}", mean[at], law[at], SOURCE + ", law of this block", **one)
+            close(
+                f"{kind}: correlation at depth {at}",
+                mean[at],
+                law[at],
+                SOURCE + ", law of this block",
+                **one,
+            )
         )
     return tuple(claims)
 
@@ -162,7 +190,11 @@ def plot(ds: xr.Dataset) -> Figure:
         for ax in (axes[1, i], axes[1, 2]):
             shown = 1 + depth if ax is axes[1, 1] else depth
             ax.plot(
-                shown, by_depth(ds, f"{kind}_theory"), color=THEORY, lw=1.4, label=None if ax is axes[1, 2] else "law"
+                shown,
+                by_depth(ds, f"{kind}_theory"),
+                color=THEORY,
+                lw=1.4,
+                label=None if ax is axes[1, 2] else "law",
             )
             points(ax, shown, mean, error, color=COLOURS[2 * i], label=kind)
     power = np.geomspace(8, 1 + depth[-1])
@@ -170,7 +202,9 @@ def plot(ds: xr.Dataset) -> Figure:
     scale = by_depth(ds, "residual_theory")[-1] / power[-1] ** exponent
     axes[1, 1].plot(power, 1.4 * scale * power**exponent, "--", color=GREY, label="power -0.73")
     axes[1, 0].set(yscale="log", xlabel="depth $L$", title="halved by each layer")
-    axes[1, 1].set(xscale="log", yscale="log", xlabel="1 + depth $L$", title="skips: a power of depth")
+    axes[1, 1].set(
+        xscale="log", yscale="log", xlabel="1 + depth $L$", title="skips: a power of depth"
+    )
     axes[1, 2].set(yscale="log", xlabel="depth $L$", ylim=(1e-3, 1.3), title="both")
     axes[1, 0].set_ylabel("correlation of gradients")
     for ax in axes[1]:

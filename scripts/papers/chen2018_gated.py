@@ -1,18 +1,19 @@
 """Chen 2018, Gilboa 2019: what gates do to the Jacobian of one step of a recurrent network.
 
-Dynamical isometry and a mean field theory of RNNs, arXiv 1806.05394 (minimalRNN), and of LSTMs and GRUs, arXiv
-1901.08987. For weights drawn anew at every step (untied) and inputs of variance V at every pre-activation, the mean
-squared singular value per step, tr J J^T / N, of
+Dynamical isometry and a mean field theory of RNNs, arXiv 1806.05394 (minimalRNN), and of LSTMs and
+GRUs, arXiv 1901.08987. For weights drawn anew at every step (untied) and inputs of variance V at
+every pre-activation, the mean squared singular value per step, tr J J^T / N, of
 
     vanilla       h' = tanh(W h + x)                  sigma_w^2 E tanh'^2 = meanfield.chi_1 with sigma_b^2 = V
     minimalRNN    h' = u h + (1 - u) tanh(x)          E u^2 + sigma_w^2 E u'^2 (E h^2 + E tanh(x)^2)
     GRU, LSTM                                         meanfield.gated
 
-The gate that keeps the state has a bias; it moves the value towards 1, where gradients neither vanish nor explode (the
-LSTM's to less, since its state is (c, h) and h has no memory of its own). The formulas were derived for this package
-and are verified here at width 500 from the Jacobian of the last step of a run; the LSTM's is itself worth 1%. Real
-networks have tied weights: their deviation is drawn as crosses and reported, with no claim. Not covered: the width of
-the spectrum and the depth scales of the papers' phase diagrams, training.
+The gate that keeps the state has a bias; it moves the value towards 1, where gradients neither
+vanish nor explode (the LSTM's to less, since its state is (c, h) and h has no memory of its own).
+The formulas were derived for this package and are verified here at width 500 from the Jacobian of
+the last step of a run; the LSTM's is itself worth 1%. Real networks have tied weights: their
+deviation is drawn as crosses and reported, with no claim. Not covered: the width of the spectrum
+and the depth scales of the papers' phase diagrams, training.
 """
 
 import functools
@@ -25,11 +26,16 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import meanfield
+from gradjax.theory import meanfield
 from papers.common import COLOURS, GREY, Claim, close, joint, mean_error, panels, points
 
 SOURCE = "formula 12, arXiv 1806.05394 and 1901.08987"
-CELLS = {"vanilla": 1, "minimal_rnn": 1, "gru": 3, "lstm": 4}  # and their number of recurrent matrices
+CELLS = {
+    "vanilla": 1,
+    "minimal_rnn": 1,
+    "gru": 3,
+    "lstm": 4,
+}  # and their number of recurrent matrices
 NAMES = {"vanilla": "vanilla", "minimal_rnn": "minimalRNN", "gru": "GRU", "lstm": "LSTM"}
 EXACT = ("vanilla", "minimal_rnn", "gru")  # the LSTM's theory is a quadrature on three points
 
@@ -42,7 +48,13 @@ class Config:
     networks: int = 6  # with untied weights; 2 with tied ones
     lstm_steps: int = 18  # its cell starts elsewhere
     lstm_networks: int = 2
-    settings: tuple[tuple[float, float], ...] = ((1.5, 0.0), (1.5, 1.0), (1.5, 2.0), (0.75, 1.0), (3.0, 1.0))
+    settings: tuple[tuple[float, float], ...] = (
+        (1.5, 0.0),
+        (1.5, 1.0),
+        (1.5, 2.0),
+        (0.75, 1.0),
+        (3.0, 1.0),
+    )
     input_variance: float = 0.5
     gain: float = 1.0  # multiplies sigma_w of what is simulated
 
@@ -86,17 +98,23 @@ def network(key, tied, sigma_w, bias, q, *, cell: str, config: Config) -> jax.Ar
     return jnp.sum(jacobian**2) / len(jacobian)
 
 
-def theory(cell: str, sigma_w: np.ndarray, bias: np.ndarray, variance: float) -> tuple[np.ndarray, np.ndarray]:
+def theory(
+    cell: str, sigma_w: np.ndarray, bias: np.ndarray, variance: float
+) -> tuple[np.ndarray, np.ndarray]:
     """(q*, chi) of the untied cell."""
     if cell == "vanilla":
         found = meanfield.phase_diagram(sigma_w, variance**0.5, correlations=False)
-        return (np.asarray(found.q_star, float) - variance) / sigma_w**2, np.asarray(found.chi_1, float)
+        return (np.asarray(found.q_star, float) - variance) / sigma_w**2, np.asarray(
+            found.chi_1, float
+        )
     found = meanfield.gated(cell, sigma_w, variance, bias)
     return np.asarray(found.q_star, float), np.asarray(found.chi, float)
 
 
 def run(config: Config) -> xr.Dataset:
-    """Per cell: measured values, untied and tied, at every setting, and the theory there and along both axes."""
+    """Per cell: measured values, untied and tied, at every setting, and the theory there and along
+    both axes.
+    """
     sigma_w, bias = np.array(config.settings).T
     middle = (sigma_w[0], bias[-1])
     fine_w, fine_b = np.geomspace(0.5, 4, 12), np.linspace(0, 8, 12)
@@ -106,16 +124,22 @@ def run(config: Config) -> xr.Dataset:
     ds = ds.assign_coords(fine_w=fine_w, fine_b=fine_b)
     for number, cell in enumerate(CELLS):
         q, chi = (
-            np.split(x, [len(sigma_w), len(sigma_w) + 12]) for x in theory(cell, all_w, all_b, config.input_variance)
+            np.split(x, [len(sigma_w), len(sigma_w) + 12])
+            for x in theory(cell, all_w, all_b, config.input_variance)
         )
         ds[f"{cell}_theory"] = "setting", chi[0]
         ds[f"{cell}_by_w"], ds[f"{cell}_by_b"] = ("fine_w", chi[1]), ("fine_b", chi[2])
         one = jax.jit(functools.partial(network, cell=cell, config=config))
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), len(sigma_w))
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(config.seed), number), len(sigma_w)
+        )
         count = config.lstm_networks if cell == "lstm" else config.networks
         for name, tied, several in ((cell, False, count), (f"{cell}_tied", True, 2)):
             found = [
-                [one(k, jnp.asarray(tied), *map(jnp.float32, setting)) for k in jax.random.split(key, several)]
+                [
+                    one(k, jnp.asarray(tied), *map(jnp.float32, setting))
+                    for k in jax.random.split(key, several)
+                ]
                 for key, *setting in zip(keys, sigma_w * config.gain, bias, q[0], strict=True)
             ]
             ds[name] = ("setting", f"{name}_network"), np.array(found, float)
@@ -128,16 +152,27 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     for cell in CELLS:
         mean, error = mean_error(ds[cell].values, axis=1)
         expected, dof = ds[f"{cell}_theory"].values, ds[cell].shape[1] - 1
-        ratio, ratio_error = (mean / expected).mean(), np.sqrt(np.sum((error / expected) ** 2)) / len(mean)
+        ratio, ratio_error = (
+            (mean / expected).mean(),
+            np.sqrt(np.sum((error / expected) ** 2)) / len(mean),
+        )
         statement = f"{NAMES[cell]}, untied: mean squared singular value over theory's, mean of {len(mean)} settings"
-        claims.append(close(statement, ratio, 1, SOURCE, relative=0.03, error=ratio_error, asymptotic=True))
+        claims.append(
+            close(statement, ratio, 1, SOURCE, relative=0.03, error=ratio_error, asymptotic=True)
+        )
         if cell in EXACT:
-            claims.append(joint(f"{NAMES[cell]}, untied: every setting", mean, expected, error, SOURCE, dof=dof))
+            claims.append(
+                joint(
+                    f"{NAMES[cell]}, untied: every setting", mean, expected, error, SOURCE, dof=dof
+                )
+            )
     return tuple(claims)
 
 
 def plot(ds: xr.Dataset) -> Figure:
-    """The value over the bias of the gate and over sigma_w; lines are theory, dots untied, crosses tied weights."""
+    """The value over the bias of the gate and over sigma_w; lines are theory, dots untied, crosses
+    tied weights.
+    """
     figure, ((over_b, over_w),) = panels(1, 2)
     w, b = ds["sigma_w"].values, ds["bias"].values
     for ax, x, which, fine in ((over_b, b, w == w[0], "fine_b"), (over_w, w, b == b[-1], "fine_w")):
@@ -146,12 +181,25 @@ def plot(ds: xr.Dataset) -> Figure:
             ax.plot(ds[fine], ds[f"{cell}_by_{fine[-1]}"], color=colour, lw=1.2, label=label)
             for tied, mark in ((False, "o"), (True, "x")):
                 mean, error = mean_error(ds[f"{cell}_tied" if tied else cell].values, axis=1)
-                points(ax, x[which], mean[which], error[which], fmt=mark, color=colour, ms=3.5 + 2 * tied)
+                points(
+                    ax,
+                    x[which],
+                    mean[which],
+                    error[which],
+                    fmt=mark,
+                    color=colour,
+                    ms=3.5 + 2 * tied,
+                )
     for ax in (over_b, over_w):
         ax.axhline(1, color=GREY, lw=1, zorder=0)
-    over_b.set(xlabel="bias of the gate that keeps the state", ylabel="mean squared singular value per step")
+    over_b.set(
+        xlabel="bias of the gate that keeps the state",
+        ylabel="mean squared singular value per step",
+    )
     over_b.set_title(rf"$\sigma_w = {w[0]:g}$")
-    over_w.set(xscale="log", xlabel=r"$\sigma_w$", title=f"bias {b[-1]:g}; dots untied, crosses tied")
+    over_w.set(
+        xscale="log", xlabel=r"$\sigma_w$", title=f"bias {b[-1]:g}; dots untied, crosses tied"
+    )
     over_w.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
     over_w.minorticks_off()
     over_b.legend(frameon=False, fontsize=8)

@@ -6,9 +6,9 @@ A claim compares a number with an absolute prediction. It passes where every tol
     absolute      |measured - expected| <= absolute
     error         the difference is no rarer than LEVEL, by Student's t with the degrees of freedom of the error
 
-Many numbers make one joint chi-squared test, not one test each. LEVEL = 1e-4 is a claim's chance to fail though it is
-true: with some 60 sampled claims over 13 seeds, one run of that size in thirteen has a false failure; the usual three
-standard errors (2.7e-3) would fail twice in every one.
+Many numbers make one joint chi-squared test, not one test each. LEVEL = 1e-4 is a claim's chance to
+fail though it is true: with some 60 sampled claims over 13 seeds, one run of that size in thirteen
+has a false failure; the usual three standard errors (2.7e-3) would fail twice in every one.
 """
 
 import importlib
@@ -25,13 +25,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import papers
-from gradjax import random_matrix
+from gradjax.theory import random_matrix
 
 LEVEL = 1e-4
 _RARER = f"p > 1e{round(math.log10(LEVEL))}"
 
 THEORY, MEASURED, LIMIT, GREY = "#c2410c", "#475569", "#1d4ed8", "#c9ced6"
-COLOURS = ("#0f766e", "#7e22ce", "#1d4ed8", "#a16207", "#be185d", "#475569")  # of the lines of one panel
+COLOURS = (
+    "#0f766e",
+    "#7e22ce",
+    "#1d4ed8",
+    "#a16207",
+    "#be185d",
+    "#475569",
+)  # of the lines of one panel
 
 
 # ---- claims
@@ -84,19 +91,27 @@ def close(
         bounds.append(float(scipy.stats.t.isf(LEVEL / 2, dof)) * float(error))
         words.append(_RARER)
     if not bounds:
-        raise ValueError(f"close: no tolerance for {statement!r}; give relative or absolute, or an error to judge by.")
+        raise ValueError(
+            f"close: no tolerance for {statement!r}; give relative or absolute, or an error to judge by."
+        )
     passed = all(off <= bound for bound in bounds)  # NaN passes nothing
     return Claim(statement, measured, float(error or 0), expected, ", ".join(words), source, passed)
 
 
-def joint(statement: str, measured: Any, expected: Any, error: Any, source: str, *, dof: float = math.inf) -> Claim:
-    """Many independent numbers at once: chi-squared per number, which is 1 where all are as expected.
+def joint(
+    statement: str, measured: Any, expected: Any, error: Any, source: str, *, dof: float = math.inf
+) -> Claim:
+    """Many independent numbers at once: chi-squared per number, which is 1 where all are as
+    expected.
 
     Args:
         measured, expected, error: arrays that broadcast; `error` the standard error of each number.
-        dof: degrees of freedom of each error; a t is first turned into the normal deviate that is as rare.
+        dof: degrees of freedom of each error; a t is first turned into the normal deviate that is
+          as rare.
     """
-    t = np.abs((np.asarray(measured, float) - np.asarray(expected, float)) / np.asarray(error, float))
+    t = np.abs(
+        (np.asarray(measured, float) - np.asarray(expected, float)) / np.asarray(error, float)
+    )
     z2 = scipy.stats.chi2.isf(2 * scipy.stats.t.sf(t, dof), 1) if math.isfinite(dof) else t**2
     count = z2.size
     per_number = float(np.mean(z2))
@@ -105,22 +120,44 @@ def joint(statement: str, measured: Any, expected: Any, error: Any, source: str,
     return Claim(statement, per_number, math.sqrt(2 / count), 1.0, words, source, passed)
 
 
-def apart(statement: str, measured: Any, refuted: Any, source: str, *, error: Any, dof: float = math.inf) -> Claim:
+def apart(
+    statement: str, measured: Any, refuted: Any, source: str, *, error: Any, dof: float = math.inf
+) -> Claim:
     """`measured` is NOT `refuted`, what another theory says: the difference is rarer than LEVEL."""
     measured, refuted, error = float(measured), float(refuted), float(error)
     passed = abs(measured - refuted) > scipy.stats.t.isf(LEVEL / 2, dof) * error
-    return Claim(statement, measured, error, refuted, f"must differ, {_RARER}".replace(">", "<"), source, bool(passed))
+    return Claim(
+        statement,
+        measured,
+        error,
+        refuted,
+        f"must differ, {_RARER}".replace(">", "<"),
+        source,
+        bool(passed),
+    )
 
 
-def between(statement: str, measured: Any, low: float, high: float, source: str, *, error: Any = 0.0) -> Claim:
+def between(
+    statement: str, measured: Any, low: float, high: float, source: str, *, error: Any = 0.0
+) -> Claim:
     """`measured` lies in a published range; what is expected is its middle."""
     measured = float(measured)
     words = f"{low:g} to {high:g}"
-    return Claim(statement, measured, float(error), (low + high) / 2, words, source, bool(low <= measured <= high))
+    return Claim(
+        statement,
+        measured,
+        float(error),
+        (low + high) / 2,
+        words,
+        source,
+        bool(low <= measured <= high),
+    )
 
 
 def mean_error(samples: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, its standard error) over the samples along `axis`; the degrees of freedom are their number less one."""
+    """(mean, its standard error) over the samples along `axis`; the degrees of freedom are their
+    number less one.
+    """
     samples = np.asarray(samples, float)
     return samples.mean(axis), samples.std(axis, ddof=1) / math.sqrt(samples.shape[axis])
 
@@ -147,14 +184,18 @@ def density(
     """`random_matrix.product_density` in float64 and NumPy, compiled once for all depths."""
     with jax.enable_x64(True):
         law = jax.tree.map(lambda x: np.asarray(x, np.float64), law)
-        return jax.tree.map(np.asarray, _density(law, np.float64(depth), np.float64(sigma_w), weights=weights))
+        return jax.tree.map(
+            np.asarray, _density(law, np.float64(depth), np.float64(sigma_w), weights=weights)
+        )
 
 
 # ---- figures
 
 
 def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.4), **options: Any):
-    """(figure, axes) of rows x columns panels, `size` inches each, without the frame's top and right."""
+    """(figure, axes) of rows x columns panels, `size` inches each, without the frame's top and
+    right.
+    """
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
@@ -164,7 +205,9 @@ def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.
 
 def points(ax: Axes, x: Any, y: Any, error: Any = None, **options: Any) -> None:
     """Measured values: dots, with error bars where there are errors."""
-    ax.errorbar(x, y, error, **{"fmt": "o", "ms": 3.5, "lw": 1, "capsize": 1.5, "color": MEASURED} | options)
+    ax.errorbar(
+        x, y, error, **{"fmt": "o", "ms": 3.5, "lw": 1, "capsize": 1.5, "color": MEASURED} | options
+    )
 
 
 # ---- the folder

@@ -1,9 +1,11 @@
-"""De & Smith 2020 (SkipInit), Bachlechner 2020 (ReZero): what a residual stream carries, and a Jacobian that is 1.
+"""De & Smith 2020 (SkipInit), Bachlechner 2020 (ReZero): what a residual stream carries, and a
+Jacobian that is 1.
 
-Batch normalization biases residual blocks towards the identity, arXiv 2002.10444, section 3 and figure 2; ReZero is all
-you need, arXiv 2003.04887, figure of the Jacobian's singular values. Blocks h' = h + alpha W_2 relu(N(W_1 h)), N
-BatchNorm or nothing, Var W = 2/fan_in but for W_1, which sees no ReLU (1/fan_in). Derived and verified, since the
-numbers at hand were from memory, exact in the mean over weights at every width:
+Batch normalization biases residual blocks towards the identity, arXiv 2002.10444, section 3 and
+figure 2; ReZero is all you need, arXiv 2003.04887, figure of the Jacobian's singular values. Blocks
+h' = h + alpha W_2 relu(N(W_1 h)), N BatchNorm or nothing, Var W = 2/fan_in but for W_1, which sees
+no ReLU (1/fan_in). Derived and verified, since the numbers at hand were from memory, exact in the
+mean over weights at every width:
 
     BatchNorm, alpha = 1        E h_l^2 = 1 + l            W_2 adds 2 E relu(z)^2 = 1: branches count as 1 / (l + 1)
     none, alpha = 1             E h_l^2 = 2^l              and as much for the mean squared singular value of J
@@ -58,7 +60,9 @@ def alphas(config: Config) -> dict[str, float]:
     return dict(zip(KINDS, (1.0, 1.0, config.depth**-0.5, config.zero), strict=True))
 
 
-def lengths(key: jax.Array, normalised: jax.Array, alpha: jax.Array, *, config: Config) -> jax.Array:
+def lengths(
+    key: jax.Array, normalised: jax.Array, alpha: jax.Array, *, config: Config
+) -> jax.Array:
     """(depth + 1,) mean square of the stream over a batch."""
     of_w, of_h = jax.random.split(key)
     w = weights(of_w, config, config.width)
@@ -76,12 +80,16 @@ def lengths(key: jax.Array, normalised: jax.Array, alpha: jax.Array, *, config: 
 
 
 def spectra(key: jax.Array, config: Config) -> np.ndarray:
-    """(kinds, networks, width) log singular values of the Jacobian, h' = h + alpha W_2 relu(W_1 h)."""
+    """(kinds, networks, width) log singular values of the Jacobian, h' = h + alpha W_2 relu(W_1
+    h).
+    """
     of_w, of_h = jax.random.split(key)
     shape = (len(SPECTRA), config.spectra)
     alpha = np.array([alphas(config)[kind] for kind in SPECTRA], np.float32)
     draw = jax.vmap(lambda key: weights(key, config, config.spectrum_width))
-    lanes = lambda x: np.broadcast_to(x[:, None, None], (*shape, config.depth)).reshape(-1, config.depth)
+    lanes = lambda x: np.broadcast_to(x[:, None, None], (*shape, config.depth)).reshape(
+        -1, config.depth
+    )
     thetas = {
         "w": draw(jax.random.split(of_w, shape[0] * shape[1])),
         "alpha": lanes(alpha),
@@ -91,7 +99,9 @@ def spectra(key: jax.Array, config: Config) -> np.ndarray:
         return h + theta["alpha"] * (theta["w"][1] @ jax.nn.relu(theta["w"][0] @ h))
 
     h = jax.random.normal(of_h, (config.spectrum_width,))
-    jacobians = jax.jit(lambda thetas: jax.lax.map(lambda theta: gradjax.layer_jacobians(block, h, theta), thetas))
+    jacobians = jax.jit(
+        lambda thetas: jax.lax.map(lambda theta: gradjax.layer_jacobians(block, h, theta), thetas)
+    )
     products = [np.linalg.multi_dot(list(x)[::-1]) for x in np.asarray(jacobians(thetas), float)]
     return np.log(np.linalg.svd(np.array(products), compute_uv=False)).reshape(*shape, -1)
 
@@ -131,7 +141,9 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
             mean, error = mean_error(np.diff(length))
         else:
             mean, error = mean_error(length[:, 1:] / length[:, :-1] / (law[1:] / law[:-1]))
-        claims.append(joint(f"{kind}: what each block does to E h^2", mean, 1.0, error, SOURCE, dof=dof))
+        claims.append(
+            joint(f"{kind}: what each block does to E h^2", mean, 1.0, error, SOURCE, dof=dof)
+        )
         if kind == "BatchNorm":
             found, theory, what = mean.mean(), 1.0, "growth of E h^2 per block"
         else:
@@ -142,7 +154,13 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     claims.append(close("alpha = 0: largest change of E h^2", off, 0, SOURCE, absolute=2e-6))
     sigma = ds["log_sigma"].values
     claims.append(
-        close("alpha = 0: largest |log sigma(J)|", abs(sigma[-1]).max(), 0, "arXiv 2003.04887", absolute=1e-12)
+        close(
+            "alpha = 0: largest |log sigma(J)|",
+            abs(sigma[-1]).max(),
+            0,
+            "arXiv 2003.04887",
+            absolute=1e-12,
+        )
     )
     mean, error = mean_error(np.exp(2 * sigma[1]).mean(1))
     theory = expected(SPECTRA[1], depth)[-1]
@@ -159,13 +177,23 @@ def plot(ds: xr.Dataset) -> Figure:
         mean, error = mean_error(ds["length"].sel(kind=kind).values)
         stream.plot(state, expected(kind, state[-1]), color=colour, lw=1.2)
         points(stream, state, mean, error, color=colour, label=LABELS.get(kind, kind))
-    stream.set(yscale="log", xlabel="block $l$", ylabel=r"$E\, h_l^2$", title="the residual stream: lines are theory")
+    stream.set(
+        yscale="log",
+        xlabel="block $l$",
+        ylabel=r"$E\, h_l^2$",
+        title="the residual stream: lines are theory",
+    )
     stream.legend(frameon=False, fontsize=8)
     log10 = ds["log_sigma"].values / np.log(10)
     edges = np.linspace(-8, 5, 79)
     for kind, values, colour in zip(SPECTRA, log10, COLOURS[1:4], strict=True):
         share = np.histogram(np.clip(values, -8, 5), edges)[0] / values.size
         hist.stairs(share, edges, fill=True, alpha=0.6, color=colour, label=LABELS.get(kind, kind))
-    hist.set(xlabel=r"$\log_{10}$ singular value of $dh_L/dh_0$", ylabel="share", yscale="log", title="the Jacobian")
+    hist.set(
+        xlabel=r"$\log_{10}$ singular value of $dh_L/dh_0$",
+        ylabel="share",
+        yscale="log",
+        title="the Jacobian",
+    )
     hist.legend(frameon=False, fontsize=8, loc="upper left")
     return figure

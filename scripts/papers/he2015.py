@@ -1,13 +1,15 @@
 """He 2015: how the initial weights of deep ReLU networks scale their gradients (arXiv 1502.01852).
 
-The backward condition n^ Var(w) / 2 = 1 gives the ten 3 x 3 convolutions of VGG's model B standard deviations
-0.059, 0.042, 0.029, 0.021 for 64 to 512 filters; with 0.01 everywhere the gradient falls by 1.7e4 between conv10 and
-conv2 (section 2.2). With Xavier's weights each layer of a ReLU network halves the squared gradient: 2^(-L/2) of He's
-after L layers, which stalls 30 layers and only slows 22 (figs. 2 and 3, whose training is not run here).
+The backward condition n^ Var(w) / 2 = 1 gives the ten 3 x 3 convolutions of VGG's model B standard
+deviations 0.059, 0.042, 0.029, 0.021 for 64 to 512 filters; with 0.01 everywhere the gradient falls
+by 1.7e4 between conv10 and conv2 (section 2.2). With Xavier's weights each layer of a ReLU network
+halves the squared gradient: 2^(-L/2) of He's after L layers, which stalls 30 layers and only slows
+22 (figs. 2 and 3, whose training is not run here).
 
-Verified: the arithmetic, read in a secondary text, to its printed digits; the attenuation in nine convolutions with
-circular padding (no border, no pooling) at initialisation; the factor 2^(-L/2) at 22 and 30 layers from independent
-networks, and He's own growth against the exact law of `random_matrix.norm_moments`. Not covered: training, PReLU.
+Verified: the arithmetic, read in a secondary text, to its printed digits; the attenuation in nine
+convolutions with circular padding (no border, no pooling) at initialisation; the factor 2^(-L/2) at
+22 and 30 layers from independent networks, and He's own growth against the exact law of
+`random_matrix.norm_moments`. Not covered: training, PReLU.
 """
 
 import functools
@@ -23,7 +25,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import random_matrix as rm
+from gradjax.theory import random_matrix as rm
 from papers.common import COLOURS, THEORY, Claim, close, mean_error, panels, points
 
 FILTERS = (64, 64, 128, 128, 256, 256, 512, 512, 512, 512)  # of conv1 .. conv10
@@ -48,7 +50,9 @@ CONTROLS = {"He's weights 5% off": {"gain": 1.05}, "std 0.0105": {"std": 0.0105}
 
 
 def std(filters: int) -> float:
-    """He's standard deviation of a 3 x 3 convolution into `filters` channels, by the backward condition."""
+    """He's standard deviation of a 3 x 3 convolution into `filters` channels, by the backward
+    condition.
+    """
     return math.sqrt(2 / (9 * filters))
 
 
@@ -56,7 +60,9 @@ def convolution(h, kernel):
     """ReLU of a 3 x 3 convolution with circular padding; h is (height, width, channels)."""
     h = jnp.pad(h, ((1, 1), (1, 1), (0, 0)), mode="wrap")
     layout = ("NHWC", "HWIO", "NHWC")
-    return jax.nn.relu(lax.conv_general_dilated(h[None], kernel, (1, 1), "VALID", dimension_numbers=layout)[0])
+    return jax.nn.relu(
+        lax.conv_general_dilated(h[None], kernel, (1, 1), "VALID", dimension_numbers=layout)[0]
+    )
 
 
 @jax.jit
@@ -68,14 +74,20 @@ def convolutions(x, target, kernels):
 
 @functools.partial(jax.jit, static_argnames=("depth", "width"))
 def plain(keys, sigma_w, *, depth: int, width: int):
-    """(samples, depth + 1): the same of fully connected ReLU networks with weights of variance sigma_w^2 / N."""
-    step = lambda h, key: jax.nn.relu(sigma_w / math.sqrt(width) * jax.random.normal(key, (width, width)) @ h)
+    """(samples, depth + 1): the same of fully connected ReLU networks with weights of variance
+    sigma_w^2 / N.
+    """
+    step = lambda h, key: jax.nn.relu(
+        sigma_w / math.sqrt(width) * jax.random.normal(key, (width, width)) @ h
+    )
 
     def network(key):
         of_layers, of_x, of_target = jax.random.split(key, 3)
         x, target = (jax.random.normal(k, (width,)) for k in (of_x, of_target))
         loss = lambda h: jnp.sum(h * target)
-        return gradjax.signals(step, x, jax.random.split(of_layers, depth), loss=loss).log_cotangent_rms
+        return gradjax.signals(
+            step, x, jax.random.split(of_layers, depth), loss=loss
+        ).log_cotangent_rms
 
     return jax.vmap(network)(keys)
 
@@ -85,14 +97,22 @@ def run(config: Config) -> xr.Dataset:
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     convolved = []
     for _ in range(config.num_convolutions):
-        kernels = [np.float32(config.std) * normal(3, 3, *pair) for pair in itertools.pairwise(FILTERS)]
+        kernels = [
+            np.float32(config.std) * normal(3, 3, *pair) for pair in itertools.pairwise(FILTERS)
+        ]
         side = (config.image, config.image)
-        convolved.append(convolutions(normal(*side, FILTERS[0]), normal(*side, FILTERS[-1]), kernels))
-    ds = xr.Dataset({"conv": (("conv_sample", "layer"), np.array(convolved))}, attrs={"width": config.width})
+        convolved.append(
+            convolutions(normal(*side, FILTERS[0]), normal(*side, FILTERS[-1]), kernels)
+        )
+    ds = xr.Dataset(
+        {"conv": (("conv_sample", "layer"), np.array(convolved))}, attrs={"width": config.width}
+    )
     gains = {"he": config.gain * math.sqrt(2), "xavier": 1.0}
     for i, (name, sigma_w) in enumerate(gains.items()):
         for j, depth in enumerate(DEPTHS):
-            keys = jax.random.split(jax.random.key(1000 * config.seed + 10 * i + j), config.num_samples)
+            keys = jax.random.split(
+                jax.random.key(1000 * config.seed + 10 * i + j), config.num_samples
+            )
             found = plain(keys, sigma_w, depth=depth, width=config.width)
             ds[f"{name}_{depth}"] = ("sample", f"layer_{depth}"), np.array(found)
     return ds
@@ -108,7 +128,9 @@ def plot(ds: xr.Dataset) -> Figure:
     fig, ((left, right),) = panels(1, 2, (4.8, 3.6))
     layers = np.arange(2, 12)
     mean, error = mean_error(ds.conv.values - ds.conv.values[:, -1:])
-    theory = np.concatenate([np.cumsum([math.log(0.01 / std(n)) for n in FILTERS[:0:-1]])[::-1], [0]])
+    theory = np.concatenate(
+        [np.cumsum([math.log(0.01 / std(n)) for n in FILTERS[:0:-1]])[::-1], [0]]
+    )
     left.plot(layers, theory / math.log(10), color=THEORY, label="arithmetic")
     points(left, layers, mean / math.log(10), error / math.log(10), label="measured")
     labels = [f"conv{i}" for i in layers[:-1]] + ["output"]
@@ -120,9 +142,24 @@ def plot(ds: xr.Dataset) -> Figure:
         for name, marker in (("he", "o"), ("xavier", "s")):
             middle, spread = mean_error(growth(ds, name, depth) / math.log(10))
             label = f"{name.capitalize()}, {depth} layers"
-            points(right, np.arange(depth + 1), middle, spread, fmt=marker, color=colour, ms=3, label=label)
+            points(
+                right,
+                np.arange(depth + 1),
+                middle,
+                spread,
+                fmt=marker,
+                color=colour,
+                ms=3,
+                label=label,
+            )
         lost = 0.5 * math.log10(2) * (np.arange(depth + 1) - depth)
-        right.plot(np.arange(depth + 1), lost, color=THEORY, lw=1, label="$2^{-l/2}$" if depth == 30 else None)
+        right.plot(
+            np.arange(depth + 1),
+            lost,
+            color=THEORY,
+            lw=1,
+            label="$2^{-l/2}$" if depth == 30 else None,
+        )
     right.axhline(0, color=THEORY, lw=1)
     right.set(xlabel="layer", title=f"ReLU networks of width {ds.attrs['width']}")
     right.set_ylabel(r"$\log_{10}$ gradient rms")
@@ -132,25 +169,45 @@ def plot(ds: xr.Dataset) -> Figure:
 
 def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     claims = [
-        close(f"He's std for {filters} filters of 3 x 3", std(filters), published, "He 2015, sec. 2.2", relative=0.02)
+        close(
+            f"He's std for {filters} filters of 3 x 3",
+            std(filters),
+            published,
+            "He 2015, sec. 2.2",
+            relative=0.02,
+        )
         for filters, published in PUBLISHED.items()
     ]
     product = math.prod(std(n) / 0.01 for n in FILTERS[1:])
     claims.append(
-        close("attenuation conv10 to conv2 by std 0.01, arithmetic", product, ATTENUATION, "sec. 2.2", relative=0.02)
+        close(
+            "attenuation conv10 to conv2 by std 0.01, arithmetic",
+            product,
+            ATTENUATION,
+            "sec. 2.2",
+            relative=0.02,
+        )
     )
     logs = (ds.conv[:, -1] - ds.conv[:, 0]).values
     mean, error = mean_error(np.exp(logs))
     options = {"error": error, "relative": 0.15, "asymptotic": True}
-    claims.append(close("attenuation conv10 to conv2, measured", mean, ATTENUATION, "sec. 2.2", **options))
+    claims.append(
+        close("attenuation conv10 to conv2, measured", mean, ATTENUATION, "sec. 2.2", **options)
+    )
     size = ds.sizes["sample"]
     for depth in DEPTHS:
         (he, he_error), (xavier, xavier_error) = (
             mean_error(growth(ds, name, depth)[:, 0]) for name in ("he", "xavier")
         )
-        options = {"error": math.hypot(he_error, xavier_error), "dof": 2 * size - 2, "relative": 0.05}
+        options = {
+            "error": math.hypot(he_error, xavier_error),
+            "dof": 2 * size - 2,
+            "relative": 0.05,
+        }
         statement = f"log gradient, Xavier over He, {depth} layers"
-        claims.append(close(statement, xavier - he, -depth / 2 * math.log(2), "2^(-L/2)", **options))
+        claims.append(
+            close(statement, xavier - he, -depth / 2 * math.log(2), "2^(-L/2)", **options)
+        )
         with jax.enable_x64(True):
             exact = float(rm.norm_moments((ds.attrs["width"],) * depth).mean) / 2
         statement, source = f"mean log growth of He's gradient, {depth} layers", "formula 8"

@@ -1,12 +1,13 @@
-"""Newman 1986: the Lyapunov exponents of products of Gaussian matrices (Commun. Math. Phys. 103, 121).
+"""Newman 1986: the Lyapunov exponents of products of Gaussian matrices (Commun. Math. Phys. 103,
+121).
 
     lambda_i = 1/2 [log(2/N) + psi((N - i + 1)/2)],      Var = psi'((N - i + 1)/2) / (4 L),      i = 1 .. N
 
-The whole spectrum of the product of 4000 Gaussian matrices of width 32 and variance 1/N, all N values at once, and the
-variance over many shorter products. The formula is read in secondary texts; it is derived again in
-`random_matrix.newman_exponents` (the diagonal of the QR sweep is an independent chi_{N-i+1} per layer). The paper has
-no simulation of its own: the figure is ours. Not covered: log sigma_i / L differs from the sweep's rates by O(1/L),
-some 0.1 standard errors here.
+The whole spectrum of the product of 4000 Gaussian matrices of width 32 and variance 1/N, all N
+values at once, and the variance over many shorter products. The formula is read in secondary texts;
+it is derived again in `random_matrix.newman_exponents` (the diagonal of the QR sweep is an
+independent chi_{N-i+1} per layer). The paper has no simulation of its own: the figure is ours. Not
+covered: log sigma_i / L differs from the sweep's rates by O(1/L), some 0.1 standard errors here.
 """
 
 import math
@@ -17,7 +18,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import random_matrix as rm
+from gradjax.theory import random_matrix as rm
 from papers.common import LIMIT, THEORY, WEIGHTS, Claim, close, joint, panels, points
 
 
@@ -64,7 +65,9 @@ def plot(ds: xr.Dataset) -> Figure:
     fig, axes = panels(1, 3, (4.0, 3.4))
     left, middle, right = axes[0]
     fine = np.linspace(0, 1 - 0.4 / n, 300)
-    left.plot(fine * n + 0.5, rm.newman_limit(fine), "--", color=LIMIT, lw=1, label="infinite width")
+    left.plot(
+        fine * n + 0.5, rm.newman_limit(fine), "--", color=LIMIT, lw=1, label="infinite width"
+    )
     left.plot(ds.i, exact, color=THEORY, label="Newman, this width")
     points(left, ds.i, ds.log_sigma / ds.depth, error, label=f"measured, {ds.depth} layers")
     left.set(xlabel="index $i$", ylabel="exponent (nats per layer)", title=f"Spectrum, width {n}")
@@ -73,9 +76,18 @@ def plot(ds: xr.Dataset) -> Figure:
     middle.axhspan(-2, 2, color=THEORY, alpha=0.1, lw=0)
     middle.axhline(0, color=THEORY)
     points(middle, ds.i, z)
-    middle.set(xlabel="index $i$", ylabel="difference (standard errors)", ylim=(-4.5, 4.5), title="Residuals")
+    middle.set(
+        xlabel="index $i$",
+        ylabel="difference (standard errors)",
+        ylim=(-4.5, 4.5),
+        title="Residuals",
+    )
     count = ds.sizes["sample"]
-    right.plot(ds.i, ds.short_depth * np.asarray(rm.newman_variance(n, float(ds.short_depth))), color=THEORY)
+    right.plot(
+        ds.i,
+        ds.short_depth * np.asarray(rm.newman_variance(n, float(ds.short_depth))),
+        color=THEORY,
+    )
     variance = ds.short_depth * ds.short.var("sample", ddof=1)
     points(right, ds.i, variance, variance * math.sqrt(2 / (count - 1)))
     right.set(xlabel="index $i$", ylabel="variance x depth (nats$^2$)", yscale="log")
@@ -86,12 +98,32 @@ def plot(ds: xr.Dataset) -> Figure:
 def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     n, (exact, error) = ds.sizes["i"], theory(ds)
     source = "Newman 1986, formula 1"
-    count, variance = ds.sizes["sample"], np.asarray(rm.newman_variance(n, float(ds.short_depth)), float)
+    count, variance = (
+        ds.sizes["sample"],
+        np.asarray(rm.newman_variance(n, float(ds.short_depth)), float),
+    )
     ratio = (ds.short.var("sample", ddof=1) / variance).mean()
-    ratio_error = math.sqrt(2 / (count - 1) / n)  # the sums over layers are all but normal, and independent over i
+    ratio_error = math.sqrt(
+        2 / (count - 1) / n
+    )  # the sums over layers are all but normal, and independent over i
     return (
-        joint("log singular values / depth, every i", ds.log_sigma / ds.depth, exact, error, source),
+        joint(
+            "log singular values / depth, every i", ds.log_sigma / ds.depth, exact, error, source
+        ),
         joint("Lyapunov exponents by QR, every i", ds.exponents, exact, error, source),
-        joint("mean exponents of short products", ds.short.mean("sample"), exact, (variance / count) ** 0.5, source),
-        close("variance over short products / theory, mean", ratio, 1, source, error=ratio_error, relative=0.1),
+        joint(
+            "mean exponents of short products",
+            ds.short.mean("sample"),
+            exact,
+            (variance / count) ** 0.5,
+            source,
+        ),
+        close(
+            "variance over short products / theory, mean",
+            ratio,
+            1,
+            source,
+            error=ratio_error,
+            relative=0.1,
+        ),
     )

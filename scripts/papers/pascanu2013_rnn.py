@@ -1,16 +1,18 @@
 """Bengio 1994, Pascanu 2013: the gradient through time of a recurrent network, and the bound on it.
 
-Learning long-term dependencies with gradient descent is difficult (IEEE Trans. Neural Networks 5, 1994); On the
-difficulty of training recurrent neural networks, arXiv 1211.5063, section 2.1. With x' = tanh(W x + input), W the same
-at every step, ||dx_T/dx_0|| <= (max|phi'| ||W||)^T: gradients vanish if ||W|| < 1 = 1/max|phi'|, and ||W|| > 1 is
-necessary for them to explode. It is not sufficient: for Gaussian W of gain g, ||W|| = 2 g, whereas the measured norm
-grows at the rate 1/2 log chi_1 per step.
+Learning long-term dependencies with gradient descent is difficult (IEEE Trans. Neural Networks 5,
+1994); On the difficulty of training recurrent neural networks, arXiv 1211.5063, section 2.1. With
+x' = tanh(W x + input), W the same at every step, ||dx_T/dx_0|| <= (max|phi'| ||W||)^T: gradients
+vanish if ||W|| < 1 = 1/max|phi'|, and ||W|| > 1 is necessary for them to explode. It is not
+sufficient: for Gaussian W of gain g, ||W|| = 2 g, whereas the measured norm grows at the rate 1/2
+log chi_1 per step.
 
-Derived: in discrete time the states of a wide network with tied Gaussian weights at two times are as correlated as two
-inputs of an untied one, which inputs drawn anew at every step and chaos both decorrelate, so that the rate of tied
-weights is that of mean field, `meanfield.chi_1` at the gain g with the input's variance for that of the bias. Verified
-by simulation, for gains on both sides of explosion, within 5%; near chi_1 = 1, where 5% is no test, it is drawn. The
-bound lies above the norm by a factor that grows as exp([log 2 g - 1/2 log chi_1] T). Not covered: training, clipping.
+Derived: in discrete time the states of a wide network with tied Gaussian weights at two times are
+as correlated as two inputs of an untied one, which inputs drawn anew at every step and chaos both
+decorrelate, so that the rate of tied weights is that of mean field, `meanfield.chi_1` at the gain g
+with the input's variance for that of the bias. Verified by simulation, for gains on both sides of
+explosion, within 5%; near chi_1 = 1, where 5% is no test, it is drawn. The bound lies above the
+norm by a factor that grows as exp([log 2 g - 1/2 log chi_1] T). Not covered: training, clipping.
 """
 
 import functools
@@ -23,7 +25,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import meanfield
+from gradjax.theory import meanfield
 from papers.common import COLOURS, GREY, LIMIT, THEORY, Claim, close, mean_error, panels, points
 
 SOURCE = "section 2.1, arXiv 1211.5063"
@@ -66,7 +68,9 @@ def norms(key: jax.Array, config: Config) -> tuple[np.ndarray, np.ndarray]:
     w = jax.random.normal(of_w, (n, n)) / n**0.5
     inputs = config.input_std * jax.random.normal(of_u, (config.last, n))
     h, gains = jax.random.normal(of_h, (n,)), np.array(config.shown, np.float32) * config.wrong
-    jacobians = jax.jit(lambda g: gradjax.layer_jacobians(lambda h, u: jnp.tanh(g * (w @ h) + u), h, inputs))
+    jacobians = jax.jit(
+        lambda g: gradjax.layer_jacobians(lambda h, u: jnp.tanh(g * (w @ h) + u), h, inputs)
+    )
     found = np.zeros((len(gains), config.last))
     for i, gain in enumerate(gains):
         product = np.eye(n)
@@ -83,7 +87,10 @@ def run(config: Config) -> xr.Dataset:
     simulate = jax.jit(lambda keys, gain: jax.lax.map(lambda key: one(key, gain), keys))
     gains = np.array(config.gains)
     keys = jax.random.split(of_rate, (len(gains), config.networks))
-    found = [simulate(row, jnp.float32(gain * config.wrong)) for row, gain in zip(keys, gains, strict=True)]
+    found = [
+        simulate(row, jnp.float32(gain * config.wrong))
+        for row, gain in zip(keys, gains, strict=True)
+    ]
     norm, top = norms(of_norm, config)
     fine = np.geomspace(0.3, 8, 60)
     everywhere = np.concatenate([gains, config.shown, fine])
@@ -98,7 +105,12 @@ def run(config: Config) -> xr.Dataset:
             "log_top": ("shown", top),
             "shown_theory": ("shown", of_shown),
         },
-        coords={"gain": gains, "fine": fine, "time": np.arange(1, config.last + 1), "shown": list(config.shown)},
+        coords={
+            "gain": gains,
+            "fine": fine,
+            "time": np.arange(1, config.last + 1),
+            "shown": list(config.shown),
+        },
     )
 
 
@@ -106,18 +118,37 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     """The rates against mean field, the largest singular value, and the gap to the bound."""
     claims = []
     mean, error = mean_error(ds["rate"].values, axis=1)
-    for gain, found, e, expected in zip(ds["gain"].values, mean, error, ds["theory"].values, strict=True):
+    for gain, found, e, expected in zip(
+        ds["gain"].values, mean, error, ds["theory"].values, strict=True
+    ):
         if abs(expected) > 0.2:
             statement = f"gain {gain:g}: growth of the gradient per step, nats"
-            claims.append(close(statement, found, expected, RATE, relative=0.05, error=e, asymptotic=True))
+            claims.append(
+                close(statement, found, expected, RATE, relative=0.05, error=e, asymptotic=True)
+            )
     top = np.exp(ds["log_top"].values) / ds["shown"].values
-    claims.append(close("largest singular value of W over its gain", top[0], 2.0, "2 (N -> infinity)", relative=0.06))
+    claims.append(
+        close(
+            "largest singular value of W over its gain",
+            top[0],
+            2.0,
+            "2 (N -> infinity)",
+            relative=0.06,
+        )
+    )
     time = ds["time"].values
-    late, last = time > len(time) // 4, ds.isel(shown=-1)  # the chaotic one, whose rate varies least
-    slope = np.polyfit(time[late], (last["log_top"].values * time - last["log_norm"].values)[late], 1)[0]
+    late, last = (
+        time > len(time) // 4,
+        ds.isel(shown=-1),
+    )  # the chaotic one, whose rate varies least
+    slope = np.polyfit(
+        time[late], (last["log_top"].values * time - last["log_norm"].values)[late], 1
+    )[0]
     gain, expected = float(last["shown"]), float(last["shown_theory"])
     statement = f"gain {gain:g}: log of bound over norm per step"
-    claims.append(close(statement, slope, np.log(2 * gain) - expected, f"log 2 g less {RATE}", relative=0.1))
+    claims.append(
+        close(statement, slope, np.log(2 * gain) - expected, f"log 2 g less {RATE}", relative=0.1)
+    )
     return tuple(claims)
 
 
@@ -126,7 +157,13 @@ def plot(ds: xr.Dataset) -> Figure:
     figure, ((over, rates),) = panels(1, 2)
     time = np.append(0, ds["time"].values)
     for i, (gain, colour) in enumerate(zip(ds["shown"].values, COLOURS, strict=False)):
-        over.plot(time, np.append(0, ds["log_norm"][i]) / np.log(10), color=colour, lw=1.6, label=f"gain {gain:g}")
+        over.plot(
+            time,
+            np.append(0, ds["log_norm"][i]) / np.log(10),
+            color=colour,
+            lw=1.6,
+            label=f"gain {gain:g}",
+        )
         over.plot(time, ds["log_top"].values[i] * time / np.log(10), "--", color=colour, lw=1.1)
     over.axhline(0, color=GREY, lw=1)
     over.set(xlabel="steps $T$", ylabel=r"$\log_{10} \Vert \partial x_T / \partial x_0 \Vert$")

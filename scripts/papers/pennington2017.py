@@ -1,18 +1,22 @@
 """Pennington 2017: the spectrum of the input-output Jacobian, eight networks (arXiv 1711.04735).
 
-J = D_L W_L ... D_1 W_1 of critical networks (linear, ReLU, hard-tanh, erf; Gaussian and orthogonal weights), real ones
-with their forward pass. The relative variance of the eigenvalues of J J^T grows as
+J = D_L W_L ... D_1 W_1 of critical networks (linear, ReLU, hard-tanh, erf; Gaussian and orthogonal
+weights), real ones with their forward pass. The relative variance of the eigenvalues of J J^T grows
+as
 
     m_2 / m_1^2 - 1 = L (mu_2 / mu_1^2 - 1 - s_1),      s_1 = -1 Gaussian, 0 orthogonal,      mu_k = E phi'(h)^(2k)
 
-so that only orthogonal weights, and only next to linear (hard-tanh and erf at small q*), keep it bounded: dynamical
-isometry. Densities of singular values are drawn over those of free probability at the same depth.
+so that only orthogonal weights, and only next to linear (hard-tanh and erf at small q*), keep it
+bounded: dynamical isometry. Densities of singular values are drawn over those of free probability
+at the same depth.
 
-Verified: the slope in L of all eight, within 5% of the prediction. At N = 300 and L = 64 the formula is up to 40% low,
-so what is predicted is the exact recursion for independent D: `random_matrix.log_second_moments` for Gaussian weights
-(mu_1^2 / mu_2 acts as Bernoulli's keep), and its analogue for Haar weights, derived here in `haar_moments`; the formula
-is its limit, drawn as a dashed line. Linear and ReLU networks fulfil it exactly, so those are held to their standard
-errors too. Not covered: the paper draws its densities at other q*; here q* is 0.5 (hard-tanh) and 0.2 (erf).
+Verified: the slope in L of all eight, within 5% of the prediction. At N = 300 and L = 64 the
+formula is up to 40% low, so what is predicted is the exact recursion for independent D:
+`random_matrix.log_second_moments` for Gaussian weights (mu_1^2 / mu_2 acts as Bernoulli's keep),
+and its analogue for Haar weights, derived here in `haar_moments`; the formula is its limit, drawn
+as a dashed line. Linear and ReLU networks fulfil it exactly, so those are held to their standard
+errors too. Not covered: the paper draws its densities at other q*; here q* is 0.5 (hard-tanh) and
+0.2 (erf).
 """
 
 import functools
@@ -26,8 +30,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import meanfield
-from gradjax import random_matrix as rm
+from gradjax.theory import meanfield
+from gradjax.theory import random_matrix as rm
 from papers.common import COLOURS, WEIGHTS, Claim, close, density, mean_error, panels, points
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
@@ -42,9 +46,22 @@ def erf(x):
 
 
 # q* of the critical point; linear and ReLU networks keep any length
-NETWORKS = {"linear": ("linear", 1.0), "relu": ("relu", 1.0), "hard_tanh": ("hard_tanh", 0.5), "erf": (erf, 0.2)}
-PHI = {"linear": lambda h: h, "relu": jax.nn.relu, "hard_tanh": lambda h: jnp.clip(h, -1, 1), "erf": erf}
-EXACT = ("linear", "relu")  # D is independent of W: the finite-width prediction has no approximation
+NETWORKS = {
+    "linear": ("linear", 1.0),
+    "relu": ("relu", 1.0),
+    "hard_tanh": ("hard_tanh", 0.5),
+    "erf": (erf, 0.2),
+}
+PHI = {
+    "linear": lambda h: h,
+    "relu": jax.nn.relu,
+    "hard_tanh": lambda h: jnp.clip(h, -1, 1),
+    "erf": erf,
+}
+EXACT = (
+    "linear",
+    "relu",
+)  # D is independent of W: the finite-width prediction has no approximation
 
 
 @dataclass(frozen=True)
@@ -89,10 +106,18 @@ def spectra_of(x, w, b, *, name: str):
     return layers, jnp.array(found)
 
 
-def draw(rng: np.random.Generator, family: str, config: Config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every network of the same random draws: name -> (layers of the shallowest 16, moments (depth, 3))."""
+def draw(
+    rng: np.random.Generator, family: str, config: Config
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every network of the same random draws: name -> (layers of the shallowest 16, moments (depth,
+    3)).
+    """
     n, depth, found = config.width, max(DEPTHS), {}
-    w, z, x = WEIGHTS[family](rng, depth, n, n), rng.standard_normal((depth, n)), rng.standard_normal(n)
+    w, z, x = (
+        WEIGHTS[family](rng, depth, n, n),
+        rng.standard_normal((depth, n)),
+        rng.standard_normal(n),
+    )
     for name, (_, q) in NETWORKS.items():
         sigma_w, sigma_b = critical(name)
         length = math.sqrt(n * (q - sigma_b**2)) / sigma_w
@@ -103,7 +128,9 @@ def draw(rng: np.random.Generator, family: str, config: Config) -> dict[str, tup
 
 
 def log_sigma(layers: np.ndarray) -> list:
-    """Log singular values after each of the drawn depths; identities after it: one compilation for all of them."""
+    """Log singular values after each of the drawn depths; identities after it: one compilation for
+    all of them.
+    """
     index = np.arange(max(DRAWN))[:, None, None]
     eye = np.eye(layers.shape[-1], dtype=layers.dtype)
     return [gradjax.log_singular_values(np.where(index < depth, layers, eye)) for depth in DRAWN]
@@ -117,7 +144,10 @@ def run(config: Config) -> xr.Dataset:
     }
     pairs = [(name, family) for name in NETWORKS for family in FAMILIES]
     moments = [[sample[name][1] for sample in samples[family]] for name, family in pairs]
-    few = [np.array([x[name][0] for x in samples[family][: config.num_densities]]) for name, family in pairs]
+    few = [
+        np.array([x[name][0] for x in samples[family][: config.num_densities]])
+        for name, family in pairs
+    ]
     curves = []
     for name, family in pairs:
         law = rm.derivative_law(*NETWORKS[name])
@@ -138,7 +168,9 @@ def run(config: Config) -> xr.Dataset:
     )
 
 
-def haar_moments(depth: int, n: int, sigma_w: float, mu_1: float, mu_2: float) -> tuple[float, float]:
+def haar_moments(
+    depth: int, n: int, sigma_w: float, mu_1: float, mu_2: float
+) -> tuple[float, float]:
     """(E tr (J J^T)^2 / N, E (tr J J^T)^2 / N^2) for Haar weights and independent D, exact.
 
     Of H = O M O^T, with a = tr M^2 / N and b = (tr M)^2 / N^2: E H_ii^2 = (N b + 2 a) / (N + 2), the off-diagonal rest
@@ -155,7 +187,9 @@ def haar_moments(depth: int, n: int, sigma_w: float, mu_1: float, mu_2: float) -
 
 
 def predictions(network: str, n: int) -> tuple[np.ndarray, float]:
-    """(E m_2 / E m_1^2 - 1 at this width for every depth, slope in L of formula 4) of a critical network."""
+    """(E m_2 / E m_1^2 - 1 at this width for every depth, slope in L of formula 4) of a critical
+    network.
+    """
     name, family = network.split(", ")
     law, (sigma_w, _) = rm.derivative_law(*NETWORKS[name]), critical(name)
     mu_1, mu_2 = (float(rm.derivative_moment(law, k)) for k in (1, 2))
@@ -164,7 +198,10 @@ def predictions(network: str, n: int) -> tuple[np.ndarray, float]:
     else:
         keep = mu_1**2 / mu_2
         with jax.enable_x64(True):
-            a, b = (np.exp(x) for x in rm.log_second_moments(np.array(DEPTHS, float), float(n), keep**-0.5, keep))
+            a, b = (
+                np.exp(x)
+                for x in rm.log_second_moments(np.array(DEPTHS, float), float(n), keep**-0.5, keep)
+            )
     return np.asarray(a / b - 1), float(rm.relative_variance(law, 1.0, family))
 
 
@@ -186,10 +223,14 @@ def plot(ds: xr.Dataset) -> Figure:
         for row, family in enumerate(FAMILIES):
             ax, one = axes[row, column], ds.sel(network=f"{name}, {family}")
             draw_densities(ax, one)
-            ax.set_title(f"{name}, {family.replace('gauss', 'Gauss')}".replace("_", "-"), fontsize=10)
+            ax.set_title(
+                f"{name}, {family.replace('gauss', 'Gauss')}".replace("_", "-"), fontsize=10
+            )
             ax.set_xlabel("log singular value (nats)")
             draw_variance(axes[2, column], one, family, COLOURS[row])
-        axes[2, column].set(xscale="log", yscale="log", xlabel="depth $L$", xticks=DEPTHS, xticklabels=DEPTHS)
+        axes[2, column].set(
+            xscale="log", yscale="log", xlabel="depth $L$", xticks=DEPTHS, xticklabels=DEPTHS
+        )
         axes[2, column].set_xticks([], minor=True)
     for ax in axes[:2, 0]:
         ax.set_ylabel("density (per nat)")
@@ -214,7 +255,14 @@ def draw_densities(ax, one: xr.Dataset) -> None:
         scale = values.size * np.diff(edges)
         seen = counts > 0
         middle = (edges[1:] + edges[:-1]) / 2
-        points(ax, middle[seen], (counts / scale)[seen], (np.sqrt(counts) / scale)[seen], color=colour, ms=2.5)
+        points(
+            ax,
+            middle[seen],
+            (counts / scale)[seen],
+            (np.sqrt(counts) / scale)[seen],
+            color=colour,
+            ms=2.5,
+        )
         ax.plot(x, y, color=colour, label=f"$L = {depth}$")
         top = max(top, np.max(np.where(x > low, y, 0)[5:-5]))
     ax.set(xlim=(low, 2.5), ylim=(0, 1.25 * top))
@@ -239,14 +287,33 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
         variance, left_out = relative_variance(moments.values)
         if slope == 0:
             statement, off = f"largest variance of the spectrum, {network}", abs(variance).max()
-            claims.append(close(statement, off, 0, "Pennington 2017, dynamical isometry", absolute=1e-4))
+            claims.append(
+                close(statement, off, 0, "Pennington 2017, dynamical isometry", absolute=1e-4)
+            )
         else:
             # every depth's slope, with the weight that its relative error leaves it
-            mean = lambda x, finite=finite, slope=slope: slope * np.average(x / finite, axis=-1, weights=WEIGHT)
-            options = {"error": jackknife(mean(left_out)), "dof": dof, "relative": 0.05, "asymptotic": not exact}
-            statement, source = f"slope in L of the relative variance, {network}", "formula 4, corrected to this width"
+            mean = lambda x, finite=finite, slope=slope: (
+                slope * np.average(x / finite, axis=-1, weights=WEIGHT)
+            )
+            options = {
+                "error": jackknife(mean(left_out)),
+                "dof": dof,
+                "relative": 0.05,
+                "asymptotic": not exact,
+            }
+            statement, source = (
+                f"slope in L of the relative variance, {network}",
+                "formula 4, corrected to this width",
+            )
             claims.append(close(statement, mean(variance), slope, source, **options))
         found, error = mean_error(moments.sel(moment="m_1", depth=8).values)
-        options = {"error": error, "dof": dof, "relative": 0.1, "asymptotic": not exact or slope == 0}
-        claims.append(close(f"m_1 over 8 layers, {network}", found, 1, "(sigma_w^2 mu_1)^L", **options))
+        options = {
+            "error": error,
+            "dof": dof,
+            "relative": 0.1,
+            "asymptotic": not exact or slope == 0,
+        }
+        claims.append(
+            close(f"m_1 over 8 layers, {network}", found, 1, "(sigma_w^2 mu_1)^L", **options)
+        )
     return tuple(claims)

@@ -1,14 +1,17 @@
-"""Poole 2016: lengths, correlations and curvature in depth, tanh networks in two phases (arXiv 1606.05340).
+"""Poole 2016: lengths, correlations and curvature in depth, tanh networks in two phases (arXiv
+1606.05340).
 
     h_l = W_l tanh(h_{l-1}) + b_l,      sigma_b = 0.3,      sigma_w = 1.3 (ordered), 2.5, 4 (chaotic)
 
-The length q of a layer runs to q* from any start (fig. 1), the correlation of two inputs to c* = 1 in order and below 1
-in chaos (fig. 2), and a circle of inputs is shrunk or stretched by chi_1 per layer and crumpled, its curvature obeying
-kappa^2' = 3 chi_2 / chi_1^2 + kappa^2 / chi_1 (fig. 4). Networks of width 1000 against the maps of `gradjax.meanfield`.
+The length q of a layer runs to q* from any start (fig. 1), the correlation of two inputs to c* = 1
+in order and below 1 in chaos (fig. 2), and a circle of inputs is shrunk or stretched by chi_1 per
+layer and crumpled, its curvature obeying kappa^2' = 3 chi_2 / chi_1^2 + kappa^2 / chi_1 (fig. 4).
+Networks of width 1000 against the maps of `gradjax.meanfield`.
 
-Verified: q* within 2%, c* and the trajectories of c within 0.02, chi_1 as the growth of a tangent's squared length per
-layer within 3%, the trajectory of the curvature within 15%. The maps hold for infinite width, so standard errors are
-shown and not judged. Not covered: the paper's theorems on expressivity.
+Verified: q* within 2%, c* and the trajectories of c within 0.02, chi_1 as the growth of a tangent's
+squared length per layer within 3%, the trajectory of the curvature within 15%. The maps hold for
+infinite width, so standard errors are shown and not judged. Not covered: the paper's theorems on
+expressivity.
 """
 
 import functools
@@ -23,8 +26,8 @@ import xarray as xr
 from jax import Array
 from matplotlib.figure import Figure
 
-from gradjax import meanfield
-from gradjax.activations import ACTIVATIONS
+from gradjax.core.activations import ACTIVATIONS
+from gradjax.theory import meanfield
 from papers.common import COLOURS, Claim, close, mean_error, panels, points
 
 SIGMA_B = 0.3
@@ -68,7 +71,9 @@ def curvature(curve: Curve):
 
 @functools.partial(jax.jit, static_argnames="activation")
 def network(keys, start: Curve, sigma_w, *, activation: str) -> tuple[Curve, dict[str, Array]]:
-    """Along the layers: lengths of all inputs, correlations with input 0, squared velocities, curvatures."""
+    """Along the layers: lengths of all inputs, correlations with input 0, squared velocities,
+    curvatures.
+    """
     phi = ACTIVATIONS[activation]
     n = start.h.shape[-1]
 
@@ -84,15 +89,24 @@ def network(keys, start: Curve, sigma_w, *, activation: str) -> tuple[Curve, dic
         length = mean_square(curve.h)
         overlap = jnp.mean(curve.h * curve.h[:, :1], -1)
         correlation = overlap / jnp.sqrt(length * length[:, :1])
-        return {"q": length, "c": correlation, "speed": mean_square(curve.v), "kappa2": curvature(curve)}
+        return {
+            "q": length,
+            "c": correlation,
+            "speed": mean_square(curve.v),
+            "kappa2": curvature(curve),
+        }
 
     return jax.lax.scan(step, start, keys)
 
 
 def inputs(rng: np.random.Generator, n: int, q: np.ndarray, num_points: int) -> Curve:
-    """Points of a circle of length q*: at the angles of CORRELATIONS from point 0, then evenly; then other lengths."""
+    """Points of a circle of length q*: at the angles of CORRELATIONS from point 0, then evenly;
+    then other lengths.
+    """
     plane = np.linalg.qr(rng.standard_normal((n, 2)))[0].T
-    angle = np.concatenate([[0], np.arccos(CORRELATIONS), 2 * math.pi * np.arange(1, num_points) / num_points])
+    angle = np.concatenate(
+        [[0], np.arccos(CORRELATIONS), 2 * math.pi * np.arange(1, num_points) / num_points]
+    )
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     h = cos * plane[0] + sin * plane[1]
     v = cos * plane[1] - sin * plane[0]
@@ -130,11 +144,18 @@ def run(config: Config) -> xr.Dataset:
 def maps(depth: int, q_star: np.ndarray) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """The same from mean field, with the paper's sigma_w and tanh."""
     sigma_w = np.array(SIGMA_W)[:, None]
-    q, c, kappa2 = q_star[:, None] * np.array(START), np.tile(CORRELATIONS, (len(SIGMA_W), 1)), 1 / q_star
+    q, c, kappa2 = (
+        q_star[:, None] * np.array(START),
+        np.tile(CORRELATIONS, (len(SIGMA_W), 1)),
+        1 / q_star,
+    )
     rows = []
     for _ in range(depth):
         rows.append((q, c, kappa2))
-        q, c = meanfield.length_map(q, sigma_w, SIGMA_B), meanfield.correlation_map(c, sigma_w, SIGMA_B)
+        q, c = (
+            meanfield.length_map(q, sigma_w, SIGMA_B),
+            meanfield.correlation_map(c, sigma_w, SIGMA_B),
+        )
         kappa2 = meanfield.curvature_map(kappa2, sigma_w[:, 0], SIGMA_B)
     q, c, kappa2 = (np.moveaxis(np.array(x, float), 0, -1) for x in zip(*rows, strict=True))
     return {
@@ -153,11 +174,25 @@ def plot(ds: xr.Dataset) -> Figure:
         for ax, name, dim in ((lengths, "q", "start"), (correlations, "c", "pair")):
             for i in range(ds.sizes[dim]):
                 ax.plot(layers, one[f"{name}_map"].isel({dim: i}), color=colour, lw=1)
-                points(ax, layers, *mean_error(one[name].isel({dim: i}).transpose("sample", "layer")), **options)
-        speed, kappa2 = (one[name].mean("point").transpose("sample", "layer").values for name in ("speed", "kappa2"))
+                points(
+                    ax,
+                    layers,
+                    *mean_error(one[name].isel({dim: i}).transpose("sample", "layer")),
+                    **options,
+                )
+        speed, kappa2 = (
+            one[name].mean("point").transpose("sample", "layer").values
+            for name in ("speed", "kappa2")
+        )
         chi_1 = float(meanfield.chi_1(sigma_w, SIGMA_B))
         speeds.plot(layers, chi_1**layers, color=colour, lw=1)
-        points(speeds, layers, *mean_error(speed / speed[:, :1]), **options, label=rf"$\sigma_w = {sigma_w:g}$")
+        points(
+            speeds,
+            layers,
+            *mean_error(speed / speed[:, :1]),
+            **options,
+            label=rf"$\sigma_w = {sigma_w:g}$",
+        )
         curvatures.plot(layers, one.kappa2_map, color=colour, lw=1)
         points(curvatures, layers, *mean_error(kappa2), **options)
     lengths.set(title="length $q$", yscale="log")
@@ -182,14 +217,29 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
         claims.append(close(f"length q*, {at}", value, q_star, source, **options, relative=0.02))
         value, options["error"] = mean_error(one.c.isel(layer=late).mean(("pair", "layer")))
         expected = one.c_map.isel(layer=late).mean()
-        claims.append(close(f"correlation in the last layers, {at}", value, expected, source, **options, absolute=0.02))
+        claims.append(
+            close(
+                f"correlation in the last layers, {at}",
+                value,
+                expected,
+                source,
+                **options,
+                absolute=0.02,
+            )
+        )
         off = np.sqrt(((one.c.mean("sample") - one.c_map) ** 2).mean())
         claims.append(close(f"rms of c^l off the map, {at}", off, 0, source, absolute=0.02))
         speed = one.speed.mean("point").values
-        value, options["error"] = mean_error((speed[:, -1] / speed[:, 0]) ** (1 / (speed.shape[1] - 1)))
+        value, options["error"] = mean_error(
+            (speed[:, -1] / speed[:, 0]) ** (1 / (speed.shape[1] - 1))
+        )
         chi_1 = meanfield.chi_1(sigma_w, SIGMA_B)
-        claims.append(close(f"chi_1, growth per layer, {at}", value, chi_1, source, **options, relative=0.03))
-        off = np.log(one.kappa2.mean(("sample", "point")) / one.kappa2_map).isel(layer=slice(1, None))
+        claims.append(
+            close(f"chi_1, growth per layer, {at}", value, chi_1, source, **options, relative=0.03)
+        )
+        off = np.log(one.kappa2.mean(("sample", "point")) / one.kappa2_map).isel(
+            layer=slice(1, None)
+        )
         off = np.sqrt((off**2).mean())
         claims.append(close(f"rms of log kappa^2 off the map, {at}", off, 0, source, absolute=0.15))
     return tuple(claims)

@@ -1,13 +1,15 @@
-"""Schoenholz 2017, figs. 2 and 4: depth scales of correlations and gradients at the edge of chaos (arXiv 1611.01232).
+"""Schoenholz 2017, figs. 2 and 4: depth scales of correlations and gradients at the edge of chaos
+(arXiv 1611.01232).
 
-tanh networks with sigma_b^2 = 0.05 and sigma_w^2 from 1 to 4. Two inputs converge (order) or part (chaos) as
-exp(-l / xi_c), gradients vanish or explode as exp(l / xi_grad) on their way back, 1 / xi_grad = -log chi_1; both scales
-diverge at sigma_w^2 = 1.761, where chi_1 = 1.
+tanh networks with sigma_b^2 = 0.05 and sigma_w^2 from 1 to 4. Two inputs converge (order) or part
+(chaos) as exp(-l / xi_c), gradients vanish or explode as exp(l / xi_grad) on their way back, 1 /
+xi_grad = -log chi_1; both scales diverge at sigma_w^2 = 1.761, where chi_1 = 1.
 
-Verified: the correlation c^l of networks of width 1000 against the iterated map, rms below 0.02 at every sigma_w; the
-slope of the log squared gradient within 5% of log chi_1, within 0.01 where that is small. Scales fitted to c^l are
-drawn and not judged: over so few layers a fit is no asymptote, for the map itself (dashes in the figure) no more than
-for a network. Not covered: dropout, and the trainable depth of fig. 5, which wants training.
+Verified: the correlation c^l of networks of width 1000 against the iterated map, rms below 0.02 at
+every sigma_w; the slope of the log squared gradient within 5% of log chi_1, within 0.01 where that
+is small. Scales fitted to c^l are drawn and not judged: over so few layers a fit is no asymptote,
+for the map itself (dashes in the figure) no more than for a network. Not covered: dropout, and the
+trainable depth of fig. 5, which wants training.
 """
 
 import functools
@@ -21,7 +23,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import meanfield
+from gradjax.theory import meanfield
 from papers.common import COLOURS, LIMIT, THEORY, Claim, close, mean_error, panels, points
 
 SIGMA_B = math.sqrt(0.05)
@@ -43,7 +45,13 @@ class Config:
     gain: float = 1.0  # times every sigma_w
 
 
-SMALL = {"width": 500, "num_samples": 12, "gradient_width": 300, "num_gradients": 12, "gradient_layers": 20}
+SMALL = {
+    "width": 500,
+    "num_samples": 12,
+    "gradient_width": 300,
+    "num_gradients": 12,
+    "gradient_layers": 20,
+}
 CONTROLS = {"sigma_w 5% off": {"gain": 1.05}, "sigma_w 5% low": {"gain": 0.95}}
 
 
@@ -70,7 +78,9 @@ def correlations(keys, h, sigma_w):
 
 @jax.jit
 def gradients(keys, h, target, sigma_w):
-    """(sigma_w, depth + 1): log rms of the gradient of a batch h (sigma_w, batch, N), each along its own direction."""
+    """(sigma_w, depth + 1): log rms of the gradient of a batch h (sigma_w, batch, N), each along
+    its own direction.
+    """
 
     def one(h, sigma_w):
         step = functools.partial(layer, sigma_w)
@@ -86,7 +96,9 @@ def run(config: Config) -> xr.Dataset:
     sigma_w = np.float32(config.gain * exact)
     of_c, of_gradients = jax.random.split(jax.random.key(config.seed))
     c, logs = [], []
-    start = np.where(exact < meanfield.critical_sigma_w(SIGMA_B), 0.6, 0.9)  # far from c* in either phase
+    start = np.where(
+        exact < meanfield.critical_sigma_w(SIGMA_B), 0.6, 0.9
+    )  # far from c* in either phase
     for key in jax.random.split(of_c, config.num_samples):
         planes = np.linalg.qr(rng.standard_normal((config.num_pairs, config.width, 2)))[0]
         one, other = math.sqrt(config.width) * np.moveaxis(planes, -1, 0)
@@ -96,10 +108,14 @@ def run(config: Config) -> xr.Dataset:
     for key in jax.random.split(of_gradients, config.num_gradients):
         h, target = rng.standard_normal((2, config.batch, config.gradient_width))
         h = np.float32(np.sqrt(q)[:, None, None] * h)
-        logs.append(gradients(jax.random.split(key, config.gradient_layers), h, np.float32(target), sigma_w))
+        logs.append(
+            gradients(jax.random.split(key, config.gradient_layers), h, np.float32(target), sigma_w)
+        )
     trajectory = [start]
     for _ in range(config.num_layers - 1):
-        trajectory.append(np.asarray(meanfield.correlation_map(trajectory[-1], exact, SIGMA_B), float))
+        trajectory.append(
+            np.asarray(meanfield.correlation_map(trajectory[-1], exact, SIGMA_B), float)
+        )
     return xr.Dataset(
         {
             "c": (("sample", "layer", "sigma_w2"), np.array(c, float)),
@@ -112,7 +128,9 @@ def run(config: Config) -> xr.Dataset:
 
 
 def fitted_scale(c: np.ndarray, c_star: float) -> float:
-    """xi from the later layers, while c is more than 0.03 from c*; NaN where they are fewer than 4."""
+    """xi from the later layers, while c is more than 0.03 from c*; NaN where they are fewer than
+    4.
+    """
     off = abs(c - c_star)
     near = np.argmax(off < 0.03) if np.any(off < 0.03) else len(off)
     layers = np.arange(near // 3, near)
@@ -135,13 +153,26 @@ def plot(ds: xr.Dataset) -> Figure:
         one = ds.sel(sigma_w2=square)
         left.plot(layers, one.c_map, color=colour, lw=1)
         points(left, layers, *mean_error(one.c.transpose("sample", "layer")), color=colour, ms=2.5)
-        logs = (one.log_gradient - one.log_gradient.isel(state=-1)).transpose("network", "state").values
+        logs = (
+            (one.log_gradient - one.log_gradient.isel(state=-1))
+            .transpose("network", "state")
+            .values
+        )
         states, chi_1 = np.arange(logs.shape[1]), float(meanfield.chi_1(math.sqrt(square), SIGMA_B))
         right.plot(states, (states[-1] - states) * math.log(chi_1), color=colour, lw=1)
         label = rf"$\sigma_w^2 = {square:g}$"
-        points(right, states[::2], *(x[::2] for x in mean_error(2 * logs)), color=colour, ms=2.5, label=label)
+        points(
+            right,
+            states[::2],
+            *(x[::2] for x in mean_error(2 * logs)),
+            color=colour,
+            ms=2.5,
+            label=label,
+        )
     left.set(xlabel="layer $l$", ylabel="correlation $c^l$")
-    right.legend(frameon=False, fontsize=8, ncols=3, loc="upper right", handletextpad=0, columnspacing=0.5)
+    right.legend(
+        frameon=False, fontsize=8, ncols=3, loc="upper right", handletextpad=0, columnspacing=0.5
+    )
     right.set_ylim(top=20)
     right.set(xlabel="layer $l$", ylabel=r"log squared gradient, $\log\,\chi_1^{L-l}$")
 
@@ -153,10 +184,14 @@ def plot(ds: xr.Dataset) -> Figure:
     middle.plot(SQUARES, from_map, "_", color=THEORY, ms=9, label=r"$\xi_c$, fit to the map")
     points(middle, SQUARES, fits, color=THEORY, label=r"$\xi_c$, fit to $c^l$")
     slope, error = slopes(ds)
-    points(middle, SQUARES, 1 / abs(slope), error / slope**2, color=LIMIT, fmt="s", label="gradients")
+    points(
+        middle, SQUARES, 1 / abs(slope), error / slope**2, color=LIMIT, fmt="s", label="gradients"
+    )
     edge = float(meanfield.critical_sigma_w(SIGMA_B)) ** 2
     middle.axvline(edge, color="k", lw=0.8, ls=":")
-    middle.text(edge + 0.05, 0.9, "edge of chaos", transform=middle.get_xaxis_transform(), fontsize=8)
+    middle.text(
+        edge + 0.05, 0.9, "edge of chaos", transform=middle.get_xaxis_transform(), fontsize=8
+    )
     middle.set(xlabel=r"$\sigma_w^2$", ylabel="depth scale (layers)", yscale="log", ylim=(2, 150))
     middle.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.92))
     widths = f"width {ds.attrs['width']} (gradients {ds.attrs['gradient_width']})"
@@ -167,7 +202,9 @@ def plot(ds: xr.Dataset) -> Figure:
 def fits_of(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """xi_c fitted to the measured c^l, and in the same way to the map's."""
     c_star = np.asarray(meanfield.c_star(np.sqrt(SQUARES), SIGMA_B), float)
-    fit = lambda c: np.array([fitted_scale(x, limit) for x, limit in zip(c.values.T, c_star, strict=True)])
+    fit = lambda c: np.array(
+        [fitted_scale(x, limit) for x, limit in zip(c.values.T, c_star, strict=True)]
+    )
     return fit(ds.c.mean("sample")), fit(ds.c_map)
 
 
@@ -176,11 +213,15 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     claims = []
     off = np.sqrt(((ds.c.mean("sample") - ds.c_map) ** 2).mean("layer")).values
     for square, rms in zip(SQUARES, off, strict=True):
-        claims.append(close(f"rms of c^l off the map, sigma_w^2 = {square:g}", rms, 0, source, absolute=0.02))
+        claims.append(
+            close(f"rms of c^l off the map, sigma_w^2 = {square:g}", rms, 0, source, absolute=0.02)
+        )
     slope, error = slopes(ds)
     log_chi = np.log(np.asarray(meanfield.chi_1(exact, SIGMA_B), float))
     for i, square in enumerate(SQUARES):
         bound = {"relative": 0.05} if abs(log_chi[i]) > STEEP else {"absolute": 0.01}
         statement = f"slope of the log squared gradient, sigma_w^2 = {square:g}"
-        claims.append(close(statement, slope[i], log_chi[i], source, error=error[i], asymptotic=True, **bound))
+        claims.append(
+            close(statement, slope[i], log_chi[i], source, error=error[i], asymptotic=True, **bound)
+        )
     return tuple(claims)

@@ -1,8 +1,10 @@
-"""Wang 2022 (DeepNorm): the first step moves a post-LN transformer ever more with depth, and DeepNorm's not at all.
+"""Wang 2022 (DeepNorm): the first step moves a post-LN transformer ever more with depth, and
+DeepNorm's not at all.
 
-DeepNet, arXiv 2203.00555, sections 3 and 4 and its figure of model updates: x' = LN(alpha x + F(x)) with alpha =
-(2N)^(1/4), and the feed-forward, value and output matrices times beta = (8N)^(-1/4), for one stack of N layers. Then
-the update of the network by a step of gradient descent is bounded whatever N; with alpha = beta = 1 it grows.
+DeepNet, arXiv 2203.00555, sections 3 and 4 and its figure of model updates: x' = LN(alpha x + F(x))
+with alpha = (2N)^(1/4), and the feed-forward, value and output matrices times beta = (8N)^(-1/4),
+for one stack of N layers. Then the update of the network by a step of gradient descent is bounded
+whatever N; with alpha = beta = 1 it grows.
 
 To first order a step of size eta on a function f = c . x_N of the last state changes it by -eta sum_l
 ||df/dtheta_l||^2, c Gaussian: that is what is drawn. DeepNorm's matrices have squared gradients ~ beta^2 / alpha^2 =
@@ -41,7 +43,10 @@ class Config:
 
 
 SMALL = dict(width=24, seq_len=8, depths=(8, 24, 72), networks=64)
-CONTROLS = {"alpha without its exponent": dict(alpha=0.0), "beta without its exponent": dict(beta=0.0)}
+CONTROLS = {
+    "alpha without its exponent": dict(alpha=0.0),
+    "beta without its exponent": dict(beta=0.0),
+}
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -57,7 +62,10 @@ def network(key: jax.Array, depth: jax.Array, alpha: jax.Array, beta: jax.Array,
     """
     (of_x, of_w, of_c), n, deepest = jax.random.split(key, 3), config.width, max(config.depths)
     draws = jax.random.normal(of_w, (len(NAMES), deepest, n, n)) / n**0.5
-    w = {name: x * jnp.where(name in ("query", "key"), 1.0, beta) for name, x in zip(NAMES, draws, strict=True)}
+    w = {
+        name: x * jnp.where(name in ("query", "key"), 1.0, beta)
+        for name, x in zip(NAMES, draws, strict=True)
+    }
 
     def layer(x, theta):
         w, before = theta["w"], x
@@ -81,10 +89,14 @@ def run(config: Config) -> xr.Dataset:
     for kind, count in counts.items():
         keys = jax.random.split(jax.random.key(config.seed), count)
         settings = [
-            (n, (2 * n) ** config.alpha, (8 * n) ** config.beta) if kind == "DeepNorm" else (n, 1.0, 1.0)
+            (n, (2 * n) ** config.alpha, (8 * n) ** config.beta)
+            if kind == "DeepNorm"
+            else (n, 1.0, 1.0)
             for n in config.depths
         ]
-        found = [[simulate(key, *map(jnp.float32, setting)) for key in keys] for setting in settings]
+        found = [
+            [simulate(key, *map(jnp.float32, setting)) for key in keys] for setting in settings
+        ]
         ds[kind] = ("depth", f"{kind}_network", "layer"), np.array(found, float)
     return ds
 
@@ -102,10 +114,14 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
         slope, error = mean_error(x @ change(ds, kind) / (x @ x))
         statement = f"{kind}: exponent of depth of the first step's change"
         if kind == "DeepNorm":
-            claims.append(close(statement, slope, 0.0, SOURCE, absolute=0.1, error=error, asymptotic=True))
+            claims.append(
+                close(statement, slope, 0.0, SOURCE, absolute=0.1, error=error, asymptotic=True)
+            )
         else:
             dof = ds.sizes["post-LN_network"] - 1
-            claims.append(apart(f"{statement} is above 0", max(slope, 0.0), 0.0, SOURCE, error=error, dof=dof))
+            claims.append(
+                apart(f"{statement} is above 0", max(slope, 0.0), 0.0, SOURCE, error=error, dof=dof)
+            )
     return tuple(claims)
 
 
@@ -116,17 +132,29 @@ def plot(ds: xr.Dataset) -> Figure:
     for kind, colour in zip(KINDS, COLOURS, strict=False):
         logs = change(ds, kind)
         mean, error = mean_error(logs, axis=1)
-        spread = np.exp(mean) * np.abs(np.expm1([-error, error]))  # of geometric means, as the claims have it
+        spread = np.exp(mean) * np.abs(
+            np.expm1([-error, error])
+        )  # of geometric means, as the claims have it
         if kind == "DeepNorm":
             over.axhline(np.exp(np.mean(mean)), color=colour, lw=1)
         label = "DeepNorm, line: $N^0$" if kind == "DeepNorm" else kind
         points(over, depth, np.exp(mean), spread, color=colour, label=label)
         mean, error = mean_error(ds[kind].values[-1])
         layers.errorbar(
-            np.arange(1, len(mean) + 1), mean, error, color=colour, lw=1, errorevery=8, capsize=1.5, label=kind
+            np.arange(1, len(mean) + 1),
+            mean,
+            error,
+            color=colour,
+            lw=1,
+            errorevery=8,
+            capsize=1.5,
+            label=kind,
         )
     over.set(
-        xscale="log", yscale="log", xlabel="number of layers $N$", ylabel=r"change of $f$ by the first step / $\eta$"
+        xscale="log",
+        yscale="log",
+        xlabel="number of layers $N$",
+        ylabel=r"change of $f$ by the first step / $\eta$",
     )
     over.set_xticks(depth, [str(d) for d in depth])
     over.minorticks_off()

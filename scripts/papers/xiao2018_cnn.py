@@ -1,13 +1,16 @@
-"""Xiao 2018: convolutions that are isometries (delta-orthogonal), and the critical line of convolutional networks.
+"""Xiao 2018: convolutions that are isometries (delta-orthogonal), and the critical line of
+convolutional networks.
 
-Dynamical isometry and a mean field theory of CNNs, arXiv 1806.05393. A 3x3 kernel that is an orthogonal matrix in its
-centre and zero elsewhere makes a linear network with circular padding exactly isometric, whereas Gaussian kernels of
-the same variance spread the singular values with depth (section 3.3). Gradients of tanh networks grow per layer by the
-fully connected chi_1 with Var W = sigma_w^2 / (9 C), so that the critical line is the same (section 2, figure 1).
+Dynamical isometry and a mean field theory of CNNs, arXiv 1806.05393. A 3x3 kernel that is an
+orthogonal matrix in its centre and zero elsewhere makes a linear network with circular padding
+exactly isometric, whereas Gaussian kernels of the same variance spread the singular values with
+depth (section 3.3). Gradients of tanh networks grow per layer by the fully connected chi_1 with Var
+W = sigma_w^2 / (9 C), so that the critical line is the same (section 2, figure 1).
 
-Verified: every singular value; chi_1 at points on both sides of the line for several sigma_b, from the squared
-gradients of Gaussian networks that start at the length q* (ratios summed over space and channels), and where it is 1.
-Not covered: the depth scales of signals that vary in space, zero padding, training at 10,000 layers.
+Verified: every singular value; chi_1 at points on both sides of the line for several sigma_b, from
+the squared gradients of Gaussian networks that start at the length q* (ratios summed over space and
+channels), and where it is 1. Not covered: the depth scales of signals that vary in space, zero
+padding, training at 10,000 layers.
 """
 
 import functools
@@ -20,7 +23,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import meanfield
+from gradjax.theory import meanfield
 from papers.common import COLOURS, GREY, THEORY, Claim, close, joint, mean_error, panels, points
 
 SOURCE = "arXiv 1806.05393"
@@ -45,7 +48,10 @@ class Config:
 
 
 SMALL = dict(channels=8, depth=8, wide=32, tanh_depth=16, networks=8, sigma_b2=(0.05,))
-CONTROLS = {"weights 5% larger": dict(gain=1.05), "orthogonal over the whole kernel": dict(centred=False)}
+CONTROLS = {
+    "weights 5% larger": dict(gain=1.05),
+    "orthogonal over the whole kernel": dict(centred=False),
+}
 
 
 def convolve(h: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -59,33 +65,58 @@ def isometry(key: jax.Array, config: Config) -> np.ndarray:
     """(kinds, N) log singular values of the linear networks."""
     of_delta, of_gaussian = jax.random.split(key)
     shape = (3, 3, config.channels, config.channels)
-    draw = jax.nn.initializers.delta_orthogonal() if config.centred else jax.nn.initializers.orthogonal()
+    draw = (
+        jax.nn.initializers.delta_orthogonal()
+        if config.centred
+        else jax.nn.initializers.orthogonal()
+    )
     delta = jax.vmap(lambda key: draw(key, shape))(jax.random.split(of_delta, config.depth))
     gaussian = jax.random.normal(of_gaussian, (config.depth, *shape)) / (9 * config.channels) ** 0.5
     kernels = config.gain * jnp.stack([delta, gaussian]).reshape(2, config.depth, 9, *shape[2:])
     h = jnp.zeros((config.side, config.side, config.channels))
-    factors = jax.jit(lambda kernels: jax.lax.map(lambda k: gradjax.layer_jacobians(convolve, h, k), kernels))(kernels)
-    products = [np.linalg.multi_dot(list(x)[::-1]) for x in np.asarray(factors, float)]  # few factors: float64 will do
+    factors = jax.jit(
+        lambda kernels: jax.lax.map(lambda k: gradjax.layer_jacobians(convolve, h, k), kernels)
+    )(kernels)
+    products = [
+        np.linalg.multi_dot(list(x)[::-1]) for x in np.asarray(factors, float)
+    ]  # few factors: float64 will do
     return np.log([np.linalg.svd(x, compute_uv=False) for x in products])
 
 
-def network(key: jax.Array, sigma_w: jax.Array, sigma_b: jax.Array, q: jax.Array, *, config: Config) -> jax.Array:
-    """Growth of the squared gradient per layer, (), of a tanh network whose input has the length q."""
+def network(
+    key: jax.Array, sigma_w: jax.Array, sigma_b: jax.Array, q: jax.Array, *, config: Config
+) -> jax.Array:
+    """Growth of the squared gradient per layer, (), of a tanh network whose input has the length
+    q.
+    """
     (of_w, of_b, of_h, of_g), c = jax.random.split(key, 4), config.wide
-    kernels = jax.random.normal(of_w, (config.tanh_depth, 9, c, c)) * config.gain * sigma_w / (9 * c) ** 0.5
+    kernels = (
+        jax.random.normal(of_w, (config.tanh_depth, 9, c, c))
+        * config.gain
+        * sigma_w
+        / (9 * c) ** 0.5
+    )
     biases = jax.random.normal(of_b, (config.tanh_depth, 1, 1, 1, c)) * sigma_b
-    h, cotangents = (jax.random.normal(k, (config.batch, config.side, config.side, c)) for k in (of_h, of_g))
+    h, cotangents = (
+        jax.random.normal(k, (config.batch, config.side, config.side, c)) for k in (of_h, of_g)
+    )
 
-    def layer(h, index):  # theta is a layer's number: the gradients of its weights are not asked for
+    def layer(
+        h, index
+    ):  # theta is a layer's number: the gradients of its weights are not asked for
         return convolve(jnp.tanh(h), kernels[index]) + jnp.broadcast_to(biases[index], h.shape)
 
-    found = gradjax.signals(layer, q**0.5 * h, jnp.arange(config.tanh_depth), loss=lambda h: jnp.sum(cotangents * h))
+    found = gradjax.signals(
+        layer, q**0.5 * h, jnp.arange(config.tanh_depth), loss=lambda h: jnp.sum(cotangents * h)
+    )
     logs = 2 * found.log_cotangent_rms[config.settle :]
     return jnp.mean(jnp.exp(logs[:-1] - logs[1:]))
 
 
 def run(config: Config) -> xr.Dataset:
-    """Log singular values of both linear networks; growth of gradients over the grid, with its theory."""
+    """Log singular values of both linear networks; growth of gradients over the grid, with its
+    theory.
+    """
     of_linear, of_tanh = jax.random.split(jax.random.key(config.seed))
     sigma_b = np.sqrt(config.sigma_b2)
     critical = np.asarray(meanfield.critical_sigma_w(sigma_b), float)
@@ -96,10 +127,15 @@ def run(config: Config) -> xr.Dataset:
     simulate = jax.jit(lambda keys, *numbers: jax.lax.map(lambda key: one(key, *numbers), keys))
     keys = jax.random.split(of_tanh, (*sigma_w.shape, config.networks))
     grown = [
-        [simulate(keys[i, j], *map(jnp.float32, (w, sigma_b[i], q[i, j]))) for j, w in enumerate(row)]
+        [
+            simulate(keys[i, j], *map(jnp.float32, (w, sigma_b[i], q[i, j])))
+            for j, w in enumerate(row)
+        ]
         for i, row in enumerate(sigma_w)
     ]
-    line = np.square(meanfield.critical_line(np.linspace(0.01, 1.5, 60)))  # sigma_w^2 and sigma_b^2 by the length
+    line = np.square(
+        meanfield.critical_line(np.linspace(0.01, 1.5, 60))
+    )  # sigma_w^2 and sigma_b^2 by the length
     return xr.Dataset(
         {
             "log_sigma": (("kernel", "index"), isometry(of_linear, config)),
@@ -119,14 +155,21 @@ def run(config: Config) -> xr.Dataset:
 
 
 def grown(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """(sigma_b2, ratio) mean growth over networks, and its error: a network's layers share their lengths."""
+    """(sigma_b2, ratio) mean growth over networks, and its error: a network's layers share their
+    lengths.
+    """
     return mean_error(ds["growth"].values, axis=2)
 
 
 def crossing(ds: xr.Dataset) -> np.ndarray:
-    """(sigma_b2,) the sigma_w^2 at which a straight line through the log growth over log sigma_w^2 is zero."""
+    """(sigma_b2,) the sigma_w^2 at which a straight line through the log growth over log sigma_w^2
+    is zero.
+    """
     mean, _ = grown(ds)
-    lines = [np.polyfit(np.log(x), np.log(y), 1) for x, y in zip(ds["sigma_w2"].values, mean, strict=True)]
+    lines = [
+        np.polyfit(np.log(x), np.log(y), 1)
+        for x, y in zip(ds["sigma_w2"].values, mean, strict=True)
+    ]
     return np.array([np.exp(-offset / slope) for slope, offset in lines])
 
 
@@ -136,12 +179,29 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     mean, error = grown(ds)
     dof = ds.sizes["network"] - 1
     claims = [
-        close("delta-orthogonal: largest |sigma - 1| of the linear network", off, 0, SOURCE, absolute=1e-5),
-        joint("tanh, Gaussian: growth of squared gradients", mean, ds["chi_1"], error, "formula 6, " + SOURCE, dof=dof),
+        close(
+            "delta-orthogonal: largest |sigma - 1| of the linear network",
+            off,
+            0,
+            SOURCE,
+            absolute=1e-5,
+        ),
+        joint(
+            "tanh, Gaussian: growth of squared gradients",
+            mean,
+            ds["chi_1"],
+            error,
+            "formula 6, " + SOURCE,
+            dof=dof,
+        ),
     ]
     for i, b2 in enumerate(ds["sigma_b2"].values):
         statement = f"critical sigma_w^2 at sigma_b^2 = {b2:g}"
-        claims.append(close(statement, crossing(ds)[i], ds["critical"][i], "formula 6, " + SOURCE, relative=0.04))
+        claims.append(
+            close(
+                statement, crossing(ds)[i], ds["critical"][i], "formula 6, " + SOURCE, relative=0.04
+            )
+        )
     return tuple(claims)
 
 
@@ -153,17 +213,29 @@ def plot(ds: xr.Dataset) -> Figure:
         logs = ds["log_sigma"].sel(kernel=name).values / np.log(10)
         share = np.histogram(np.clip(logs, edges[0], edges[-1]), edges)[0] / logs.size
         spectrum.stairs(share, edges, fill=True, color=colour, alpha=0.8, label=name)
-    spectrum.set(yscale="log", xlabel=r"$\log_{10}$ singular value", ylabel="share", title="linear network")
+    spectrum.set(
+        yscale="log", xlabel=r"$\log_{10}$ singular value", ylabel="share", title="linear network"
+    )
     mean, error = grown(ds)
     for i, b2 in enumerate(ds["sigma_b2"].values):
         x = ds["sigma_w2"].values[i]
         growth.plot(x, ds["chi_1"][i], color=COLOURS[i], lw=1.2)
         points(growth, x, mean[i], error[i], color=COLOURS[i], label=rf"$\sigma_b^2 = {b2:g}$")
     growth.axhline(1, color=GREY, lw=1)
-    growth.set(xlabel=r"$\sigma_w^2$", ylabel=r"gradient growth per layer, $\chi_1$", title="tanh: lines are theory")
+    growth.set(
+        xlabel=r"$\sigma_w^2$",
+        ylabel=r"gradient growth per layer, $\chi_1$",
+        title="tanh: lines are theory",
+    )
     line.plot(*ds["line"].values, color=THEORY, label="critical line, theory")
     points(line, crossing(ds), ds["sigma_b2"], fmt="o", ms=5, label="simulation")
-    line.set(xlabel=r"$\sigma_w^2$", ylabel=r"$\sigma_b^2$", title="the edge of chaos", xlim=(1, 3), ylim=(0, 0.3))
+    line.set(
+        xlabel=r"$\sigma_w^2$",
+        ylabel=r"$\sigma_b^2$",
+        title="the edge of chaos",
+        xlim=(1, 3),
+        ylim=(0, 0.3),
+    )
     line.text(1.15, 0.22, "ordered:\nvanishing")
     line.text(2.2, 0.05, "chaotic:\nexploding")
     for ax in (spectrum, growth, line):

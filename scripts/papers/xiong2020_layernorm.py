@@ -1,15 +1,17 @@
-"""Xiong 2020: gradients of the last layers of a transformer, LayerNorm after or before the sublayers.
+"""Xiong 2020: gradients of the last layers of a transformer, LayerNorm after or before the
+sublayers.
 
-On layer normalization in the transformer architecture, arXiv 2002.04745, figure 3 and theorem 1. Post-LN,
-x' = LN(x + F(x)), keeps the gradient of the last feed-forward matrix W2 at order one in the depth L; pre-LN,
-x' = x + F(LN(x)) with one LN before the loss, lets it fall as L^(-1/2), since the stream's mean square grows as L and
-the last LN divides by its root. That is why post-LN needs a warm-up.
+On layer normalization in the transformer architecture, arXiv 2002.04745, figure 3 and theorem 1.
+Post-LN, x' = LN(x + F(x)), keeps the gradient of the last feed-forward matrix W2 at order one in
+the depth L; pre-LN, x' = x + F(LN(x)) with one LN before the loss, lets it fall as L^(-1/2), since
+the stream's mean square grows as L and the last LN divides by its root. That is why post-LN needs a
+warm-up.
 
-Verified: both exponents within the tolerance of a fit over L = 4 to 48, and the reason for pre-LN's, the growth of the
-stream. Over six seeds the fits gave +0.043 +- 0.008 and -0.499 +- 0.013: tokens grow alike with depth, and the sum over
-tokens in the gradient with them. Weights are Xavier normal as in the paper, one head, the loss a cross entropy of
-random labels; the paper's theorem has zero query and key matrices, here they are drawn. Not covered: the warm-up,
-training.
+Verified: both exponents within the tolerance of a fit over L = 4 to 48, and the reason for
+pre-LN's, the growth of the stream. Over six seeds the fits gave +0.043 +- 0.008 and -0.499 +-
+0.013: tokens grow alike with depth, and the sum over tokens in the gradient with them. Weights are
+Xavier normal as in the paper, one head, the loss a cross entropy of random labels; the paper's
+theorem has zero query and key matrices, here they are drawn. Not covered: the warm-up, training.
 """
 
 import functools
@@ -49,8 +51,11 @@ def normalize(x: jax.Array) -> jax.Array:
     return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6)
 
 
-def network(key: jax.Array, post: jax.Array, depth: jax.Array, *, config: Config) -> tuple[jax.Array, jax.Array]:
-    """(log norm of the gradient of W2 per layer, log rms of the last stream ()) of one sequence's loss.
+def network(
+    key: jax.Array, post: jax.Array, depth: jax.Array, *, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """(log norm of the gradient of W2 per layer, log rms of the last stream ()) of one sequence's
+    loss.
 
     One compiled program for both kinds and all depths: of the deepest stack only the last `depth` layers are there.
     """
@@ -63,7 +68,9 @@ def network(key: jax.Array, post: jax.Array, depth: jax.Array, *, config: Config
         scores = jax.nn.softmax((x @ q) @ (x @ k).T / n**0.5, axis=-1)
         return scores @ (x @ v) @ out
 
-    def layer(x, theta):  # the gradients of W2 alone are asked for: the other matrices come from the key
+    def layer(
+        x, theta
+    ):  # the gradients of W2 alone are asked for: the other matrices come from the key
         first, second = jax.random.split(theta["key"])
         feed_forward = lambda x: jax.nn.relu(x @ xavier(second, n, n)) @ theta["w2"]
         before = x
@@ -120,7 +127,9 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     for name, expected in KINDS.items():
         found, error = exponent(ds, last(ds, name))
         statement = f"{name}: exponent of depth of the last W2's gradient norm"
-        claims.append(close(statement, found, expected, SOURCE, absolute=0.12, error=error, asymptotic=True))
+        claims.append(
+            close(statement, found, expected, SOURCE, absolute=0.12, error=error, asymptotic=True)
+        )
     found, error = exponent(ds, ds["pre-LN_log_rms"].values)
     claims.append(close("pre-LN: exponent of the stream's rms", found, 0.5, SOURCE, absolute=0.12, error=error,
                         asymptotic=True))  # fmt: skip
@@ -133,14 +142,21 @@ def plot(ds: xr.Dataset) -> Figure:
     depth = ds["depth"].values
     middle = int(depth[len(depth) // 2])
     for (name, power), colour in zip(KINDS.items(), COLOURS, strict=False):
-        mean, error = mean_error(np.exp(ds[f"{name}_log_gradient"].sel(depth=middle).values[:, -middle:]))
+        mean, error = mean_error(
+            np.exp(ds[f"{name}_log_gradient"].sel(depth=middle).values[:, -middle:])
+        )
         points(layers, np.arange(1, middle + 1), mean, error, color=colour, fmt="o-", label=name)
         mean, error = mean_error(np.exp(last(ds, name)), axis=1)
         points(over, depth, mean, error, color=colour, label=name)
         fitted = np.exp(np.mean(np.log(mean / depth**power)))
-        over.plot(depth, fitted * depth**power, "--", color=colour, lw=1, label=f"$L^{{{power:g}}}$")
+        over.plot(
+            depth, fitted * depth**power, "--", color=colour, lw=1, label=f"$L^{{{power:g}}}$"
+        )
     layers.set(
-        xlabel="layer", ylabel=r"$\Vert \partial \mathcal{L} / \partial W_2 \Vert$", title=f"{middle} layers", ylim=0
+        xlabel="layer",
+        ylabel=r"$\Vert \partial \mathcal{L} / \partial W_2 \Vert$",
+        title=f"{middle} layers",
+        ylim=0,
     )
     over.set(xscale="log", yscale="log", xlabel="number of layers $L$", title="the last layer")
     over.set_xticks(depth, [str(d) for d in depth])

@@ -1,16 +1,19 @@
-"""Yang & Schoenholz 2017: residual networks live on the edge of chaos, gradients grow as exp(sqrt(depth)).
+"""Yang & Schoenholz 2017: residual networks live on the edge of chaos, gradients grow as
+exp(sqrt(depth)).
 
-Mean field residual networks, arXiv 1712.08969, figures 2 and 3: h' = h + V phi(W h + b) + a with Gaussian weights. The
-length of a tanh network grows as its depth, p ~ (sigma_v^2 + sigma_a^2) l, and therefore
+Mean field residual networks, arXiv 1712.08969, figures 2 and 3: h' = h + V phi(W h + b) + a with
+Gaussian weights. The length of a tanh network grows as its depth, p ~ (sigma_v^2 + sigma_a^2) l,
+and therefore
 
     log chi_0 / chi_L ~ A sqrt(L),   A = (4/3) sqrt(2/pi) sigma_v^2 sigma_w / sqrt(sigma_v^2 + sigma_a^2)       (tanh)
     chi_l / chi_{l+1} = 1 + sigma_v^2 sigma_w^2 / 2                                                             (ReLU)
 
-Both constants are derived again, since the references at hand had them from memory: with q = sigma_w^2 p large,
-E tanh'(sqrt(q) z)^2 = (4/3) / sqrt(2 pi q), and the sum over layers of sigma_v^2 sigma_w^2 times that is A sqrt(L) to
-leading order; a ReLU's slope is 1 half of the time. The measured ratios of means are compared with the exact recursion
-`meanfield.residual` layer by layer, which has no asymptotics in it, and A with the slope of a straight line.
-Not covered: the angle between two inputs, other activations, training.
+Both constants are derived again, since the references at hand had them from memory: with q =
+sigma_w^2 p large, E tanh'(sqrt(q) z)^2 = (4/3) / sqrt(2 pi q), and the sum over layers of sigma_v^2
+sigma_w^2 times that is A sqrt(L) to leading order; a ReLU's slope is 1 half of the time. The
+measured ratios of means are compared with the exact recursion `meanfield.residual` layer by layer,
+which has no asymptotics in it, and A with the slope of a straight line. Not covered: the angle
+between two inputs, other activations, training.
 """
 
 import functools
@@ -23,13 +26,15 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax import meanfield
+from gradjax.theory import meanfield
 from papers.common import COLOURS, THEORY, Claim, close, joint, mean_error, panels, points
 
 SOURCE = "formula 9, arXiv 1712.08969"
 SETTINGS = {
     "tanh": dict(sigma_w=1.5, sigma_b=0.1, sigma_v=1.2, sigma_a=0.3),
-    "relu": dict(sigma_w=1.0, sigma_b=0.0, sigma_v=0.4, sigma_a=0.0),  # small: 1.08^500 is still a float32
+    "relu": dict(
+        sigma_w=1.0, sigma_b=0.0, sigma_v=0.4, sigma_a=0.0
+    ),  # small: 1.08^500 is still a float32
 }
 
 
@@ -53,10 +58,15 @@ FIRST = 0.2  # the straight lines are fitted from this share of the depth on
 
 
 def network(key: jax.Array, sigma: dict[str, jax.Array], rectify: jax.Array, *, config: Config):
-    """(log of mean square activation, log of mean square cotangent), (depth + 1,) each, of one network's batch."""
+    """(log of mean square activation, log of mean square cotangent), (depth + 1,) each, of one
+    network's batch.
+    """
     n, keys = config.width, jax.random.split(key, 6)
     shapes = dict(w=(n, n), v=(n, n), b=(1, n), a=(1, n))
-    weights = {x: jax.random.normal(k, (config.depth, *shapes[x])) for x, k in zip("wvba", keys[:4], strict=True)}
+    weights = {
+        x: jax.random.normal(k, (config.depth, *shapes[x]))
+        for x, k in zip("wvba", keys[:4], strict=True)
+    }
     h, cotangents = (jax.random.normal(k, (config.batch, n)) for k in keys[4:])
 
     def step(h, layer):  # theta is a layer's number: the gradients of its weights are not asked for
@@ -66,37 +76,52 @@ def network(key: jax.Array, sigma: dict[str, jax.Array], rectify: jax.Array, *, 
         return h + phi @ v / n**0.5 + jnp.broadcast_to(a, h.shape)
 
     h = h / jnp.sqrt(jnp.mean(h**2, axis=1, keepdims=True))
-    found = gradjax.signals(step, h, jnp.arange(config.depth), loss=lambda h: jnp.sum(cotangents * h))
+    found = gradjax.signals(
+        step, h, jnp.arange(config.depth), loss=lambda h: jnp.sum(cotangents * h)
+    )
     return 2 * found.log_activation_rms, 2 * found.log_cotangent_rms
 
 
 def run(config: Config) -> xr.Dataset:
-    """The lengths and gradients of both kinds of network, per network and layer, beside the recursion."""
+    """The lengths and gradients of both kinds of network, per network and layer, beside the
+    recursion.
+    """
     ds = xr.Dataset(coords={"state": np.arange(config.depth + 1)})
     simulate = jax.jit(functools.partial(network, config=config))
     for number, (name, setting) in enumerate(SETTINGS.items()):
         rectify = jnp.asarray("relu" in (name, config.activation))
         sigma = {x: jnp.float32(setting[f"sigma_{x}"]) for x in "wvba"}
         sigma["w"] = sigma["w"] * config.gain
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number), config.networks)
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(config.seed), number), config.networks
+        )
         found = [simulate(key, sigma, rectify) for key in keys]
         length, cotangent = np.asarray(found, float).swapaxes(0, 1)
-        theory = meanfield.residual(config.depth, *(setting[f"sigma_{x}"] for x in "wbva"), activation=name)
+        theory = meanfield.residual(
+            config.depth, *(setting[f"sigma_{x}"] for x in "wbva"), activation=name
+        )
         ds[f"{name}_log_length"] = ("network", "state"), length
         ds[f"{name}_log_cotangent"] = ("network", "state"), cotangent
         ds[f"{name}_theory_length"] = "state", np.asarray(theory.p, float)
-        ds[f"{name}_theory_growth"] = "state", np.append(0.0, np.cumsum(theory.log_growth, dtype=float))
+        ds[f"{name}_theory_growth"] = (
+            "state",
+            np.append(0.0, np.cumsum(theory.log_growth, dtype=float)),
+        )
     return ds
 
 
 def growth(ds: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """log chi_0 / chi_l over l, its mean over networks and standard error; chi is the mean over a network's batch."""
+    """log chi_0 / chi_l over l, its mean over networks and standard error; chi is the mean over a
+    network's batch.
+    """
     logs = ds[f"{name}_log_cotangent"].values
     return mean_error(logs[:, :1] - logs)
 
 
 def segments(ds: xr.Dataset, name: str, count: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Factor of the mean square gradient over each of `count` runs of layers over theory's, and its error."""
+    """Factor of the mean square gradient over each of `count` runs of layers over theory's, and its
+    error.
+    """
     ends = np.linspace(0, ds.sizes["state"] - 1, count + 1).round().astype(int)
     logs = ds[f"{name}_log_cotangent"].values[:, ends]
     theory = np.diff(ds[f"{name}_theory_growth"].values[ends])
@@ -104,14 +129,20 @@ def segments(ds: xr.Dataset, name: str, count: int = 10) -> tuple[np.ndarray, np
 
 
 def fit(ds: xr.Dataset, name: str, power: float) -> tuple[float, float, float]:
-    """Straight line through log chi_0 / chi_L over L^power: (slope, its error, Akaike's criterion)."""
+    """Straight line through log chi_0 / chi_L over L^power: (slope, its error, Akaike's
+    criterion).
+    """
     x = ds["state"].values[int(FIRST * ds.sizes["state"]) :] ** power
     logs = ds[f"{name}_log_cotangent"].values
     y = (logs[:, :1] - logs)[:, -len(x) :]
     slopes, offsets = np.polyfit(x, y.T, 1)
     slope, error = mean_error(slopes)
     residual = y.mean(0) - slope * x - offsets.mean()
-    return float(slope), float(error), float(len(x) * np.log(np.mean(residual**2)))  # both laws have two coefficients
+    return (
+        float(slope),
+        float(error),
+        float(len(x) * np.log(np.mean(residual**2))),
+    )  # both laws have two coefficients
 
 
 def constant() -> float:
@@ -159,7 +190,14 @@ def plot(ds: xr.Dataset) -> Figure:
         ax.plot(x, ds[f"{name}_theory_growth"], color=THEORY, label="mean field recursion")
         points(ax, x[some], grown[some], error[some], label="simulation")
         ax.set(ylabel=r"$\log\, \chi_0 / \chi_l$")
-    tanh.plot(np.sqrt(depth), constant() * np.sqrt(depth), "--", color=COLOURS[2], lw=1.2, label=r"$A\sqrt{l}$")
+    tanh.plot(
+        np.sqrt(depth),
+        constant() * np.sqrt(depth),
+        "--",
+        color=COLOURS[2],
+        lw=1.2,
+        label=r"$A\sqrt{l}$",
+    )
     tanh.set(title=r"tanh: gradients grow as $e^{A\sqrt{l}}$", xlabel=r"$\sqrt{l}$")
     relu.set(title="ReLU: gradients grow exponentially", xlabel="layer $l$")
     for ax in (lengths, tanh, relu):

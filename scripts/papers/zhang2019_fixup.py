@@ -1,14 +1,16 @@
-"""Zhang 2019 (Fixup): the first step changes a residual network's function by the same amount at every depth.
+"""Zhang 2019 (Fixup): the first step changes a residual network's function by the same amount at
+every depth.
 
-Fixup initialization, arXiv 1901.09321, section 3: L residual branches of m matrices, the last of each zero and the
-others He's times L^(-1/(2m-2)); a step of gradient descent then moves the output by order eta, whatever L. With He's
-weights alone, activations and gradients double in each block.
+Fixup initialization, arXiv 1901.09321, section 3: L residual branches of m matrices, the last of
+each zero and the others He's times L^(-1/(2m-2)); a step of gradient descent then moves the output
+by order eta, whatever L. With He's weights alone, activations and gradients double in each block.
 
-To first order a step of eta on f = v . h_L changes f by -eta sum_l ||df/dtheta_l||^2. Derived for the blocks here,
-h' = h + W_m relu(.. relu(W_1 h)) with Var W = 2/fan_in but for W_1, which sees no ReLU (1/fan_in), exact in the mean at
-every width and in units of |v|^2 |h_0|^2 / 2: Fixup's sum is 1 for all L and m, and L without its scale; that of He's
-weights (m + 1) L 2^(L-1). The figure has this change over L; the paper's figures train on CIFAR-10, which
-is not covered, nor are its scalar biases and multipliers.
+To first order a step of eta on f = v . h_L changes f by -eta sum_l ||df/dtheta_l||^2. Derived for
+the blocks here, h' = h + W_m relu(.. relu(W_1 h)) with Var W = 2/fan_in but for W_1, which sees no
+ReLU (1/fan_in), exact in the mean at every width and in units of |v|^2 |h_0|^2 / 2: Fixup's sum is
+1 for all L and m, and L without its scale; that of He's weights (m + 1) L 2^(L-1). The figure has
+this change over L; the paper's figures train on CIFAR-10, which is not covered, nor are its scalar
+biases and multipliers.
 """
 
 import functools
@@ -41,7 +43,9 @@ SMALL = dict(width=48, depths=(4, 16, 64), networks=16)
 CONTROLS = {"half the exponent": dict(power=0.5), "no scale": dict(power=0.0)}
 
 
-def change(key: jax.Array, depth: jax.Array, scale: jax.Array, last: jax.Array, *, m: int, config: Config) -> jax.Array:
+def change(
+    key: jax.Array, depth: jax.Array, scale: jax.Array, last: jax.Array, *, m: int, config: Config
+) -> jax.Array:
     """log of 2 sum_l ||df/dtheta_l||^2 / (|v|^2 |h_0|^2), ().
 
     One compiled program for both kinds and all depths: of the deepest stack only the first `depth` blocks are there,
@@ -60,7 +64,9 @@ def change(key: jax.Array, depth: jax.Array, scale: jax.Array, last: jax.Array, 
 
     thetas = {"w": w * factors[None, :, None, None], "index": jnp.arange(deepest)}
     found = gradjax.signals(block, h, thetas, loss=lambda h: v @ h)
-    total = jax.nn.logsumexp(2 * found.log_gradient_norm)  # beyond float32 in a deep network of He's weights
+    total = jax.nn.logsumexp(
+        2 * found.log_gradient_norm
+    )  # beyond float32 in a deep network of He's weights
     return total - jnp.log(jnp.sum(v**2) * jnp.sum(h**2) / 2)
 
 
@@ -72,7 +78,9 @@ def run(config: Config) -> xr.Dataset:
     found = {kind: [] for kind in KINDS}
     for m in config.matrices:
         one = functools.partial(change, m=m, config=config)
-        simulate = jax.jit(lambda *numbers, one=one: jax.lax.map(lambda key: one(key, *numbers), keys))
+        simulate = jax.jit(
+            lambda *numbers, one=one: jax.lax.map(lambda key: one(key, *numbers), keys)
+        )
         scale = depths ** (-config.power / (2 * m - 2))
         for kind, scales, last in zip(KINDS, (scale, scale**0), (0.0, 1.0), strict=True):
             found[kind].append([simulate(d, s, last) for d, s in zip(depths, scales, strict=True)])
@@ -96,16 +104,25 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
         mean, error = mean_error(np.exp(changes), axis=1)
         claims.append(
             joint(
-                f"Fixup, m = {m}: change at every depth, in units of |v|^2 |h|^2 / 2", mean, 1.0, error, SOURCE, dof=dof
+                f"Fixup, m = {m}: change at every depth, in units of |v|^2 |h|^2 / 2",
+                mean,
+                1.0,
+                error,
+                SOURCE,
+                dof=dof,
             )
         )
         slope, error = mean_error(x @ changes / (x @ x))
         statement = f"Fixup, m = {m}: exponent of depth of the change"
-        claims.append(close(statement, slope, 0.0, SOURCE, absolute=0.05, error=error, asymptotic=True))
+        claims.append(
+            close(statement, slope, 0.0, SOURCE, absolute=0.05, error=error, asymptotic=True)
+        )
         doubled = ds["He"].sel(m=m).values - np.log(depth)[:, None]
         slope, error = mean_error(np.polyfit(depth, doubled, 1)[0])
         statement = f"He, m = {m}: log (change / L) per block"
-        claims.append(close(statement, slope, np.log(2), SOURCE, relative=0.08, error=error, asymptotic=True))
+        claims.append(
+            close(statement, slope, np.log(2), SOURCE, relative=0.08, error=error, asymptotic=True)
+        )
     return tuple(claims)
 
 
@@ -118,8 +135,20 @@ def plot(ds: xr.Dataset) -> Figure:
             mean, error = mean_error(ds[kind].sel(m=m).values / np.log(10), axis=1)
             ax.plot(depth, expected(kind, int(m), depth) / np.log(10), color=colour, lw=1.2)
             points(ax, depth, mean, error, color=colour, label=kind)
-        ax.plot(depth, np.log10(depth), "--", color=COLOURS[0], lw=1, label="Fixup without its scale, theory")
-        ax.set(xscale="log", xlabel="number of blocks $L$", title=f"branches of {m} matrices", ylim=(-1, 24))
+        ax.plot(
+            depth,
+            np.log10(depth),
+            "--",
+            color=COLOURS[0],
+            lw=1,
+            label="Fixup without its scale, theory",
+        )
+        ax.set(
+            xscale="log",
+            xlabel="number of blocks $L$",
+            title=f"branches of {m} matrices",
+            ylim=(-1, 24),
+        )
         ax.set_xticks(depth, [f"{d:g}" for d in depth])
         ax.minorticks_off()
     axes[0, 0].set_ylabel(r"$\log_{10}$ change of $f$ by the first step / $\eta$")

@@ -4,12 +4,12 @@
     python tests/pathologies/confusion.py --half set        # the half that thresholds were chosen on
     python tests/pathologies/confusion.py --only 'lstm|rnn' --json
 
-Thresholds were chosen while looking at the half `set`: the cases of `planted.py` and `healthy.py` whose name has an
-even CRC-32. The half `unseen` is the others and all networks of an independent author (`unseen_*.py`: published
-examples of Flax, Equinox and Optax, as they are and broken in stated ways). Rules were mended once after a look at
-`unseen` (docs/diagnosis.md has the figures of that first look), so its rates today are no blind ones. Exit status 1
-where the unseen half misses a goal.
-"""
+Thresholds were chosen while looking at the half `set`: the cases of `planted.py` and `healthy.py`
+whose name has an even CRC-32. The half `unseen` is the others and all networks of an independent
+author (`unseen_*.py`: published examples of Flax, Equinox and Optax, as they are and broken in
+stated ways). Rules were mended once after a look at `unseen` (docs/diagnosis.md has the figures of
+that first look), so its rates today are no blind ones. Exit status 1 where the unseen half misses a
+goal."""
 
 import argparse
 import functools
@@ -37,7 +37,10 @@ def suite() -> list[tuple[str, object]]:
     from pathologies.planted import PLANTED
     from pathologies.unseen_examples import EXAMPLES
 
-    own = [("unseen" if zlib.crc32(case.name.encode()) % 2 else "set", case) for case in PLANTED + HEALTHY]
+    own = [
+        ("unseen" if zlib.crc32(case.name.encode()) % 2 else "set", case)
+        for case in PLANTED + HEALTHY
+    ]
     return own + [("unseen", case) for case in EXAMPLES]
 
 
@@ -48,35 +51,55 @@ def examine(index: int, seed: int) -> dict:
     import gradjax
 
     half, case = suite()[index]
-    row = {"name": case.name, "framework": case.framework, "architecture": case.architecture, "half": half}
+    row = {
+        "name": case.name,
+        "framework": case.framework,
+        "architecture": case.architecture,
+        "half": half,
+    }
     row |= {"true": case.pathology or "healthy", "severity": case.severity}
     started = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             problem = case.make(seed)
-            diagnosis = gradjax.diagnose(problem.loss_fn, problem.params, *problem.args, **problem.options)
+            diagnosis = gradjax.diagnose(
+                problem.loss_fn, problem.params, *problem.args, **problem.options
+            )
         except Exception as error:  # a crash is a wrong answer, and the others go on
-            return row | {"said": f"{type(error).__name__}: {error}"[:300], "seconds": time.monotonic() - started}
+            return row | {
+                "said": f"{type(error).__name__}: {error}"[:300],
+                "seconds": time.monotonic() - started,
+            }
     jax.clear_caches()
-    row |= {"said": "healthy", "findings": [(f.pathology, f.where["name"]) for f in diagnosis.findings]}
+    row |= {
+        "said": "healthy",
+        "findings": [(f.pathology, f.where["name"]) for f in diagnosis.findings],
+    }
     if diagnosis.findings:
         first = diagnosis.findings[0]
         row |= {"said": first.pathology, "where": first.where["name"], "cause": first.cause}
         right = first.pathology == case.pathology
         if right and case.layer is not None:
             layer = case.position(first.where["name"])
-            row |= {"layer_right": layer is not None and abs(layer - case.layer) <= 1, "layer": case.layer}
+            row |= {
+                "layer_right": layer is not None and abs(layer - case.layer) <= 1,
+                "layer": case.layer,
+            }
         if right and case.cause is not None:
             row |= {"cause_right": first.cause == case.cause, "true_cause": case.cause}
     return row | {"seconds": round(time.monotonic() - started, 1)}
 
 
 def rates(rows: list[dict]) -> dict[str, tuple[int, int]]:
-    """(right, judged): pathology over the sick, layer and cause where the pathology is right, false alarms."""
+    """(right, judged): pathology over the sick, layer and cause where the pathology is right, false
+    alarms."""
     sick = [row for row in rows if row["true"] != "healthy"]
     well = [row for row in rows if row["true"] == "healthy"]
-    count = lambda key: (sum(bool(row[key]) for row in rows if key in row), sum(key in row for row in rows))
+    count = lambda key: (
+        sum(bool(row[key]) for row in rows if key in row),
+        sum(key in row for row in rows),
+    )
     return {
         "pathology": (sum(row["said"] == row["true"] for row in sick), len(sick)),
         "layer": count("layer_right"),
@@ -87,13 +110,19 @@ def rates(rows: list[dict]) -> dict[str, tuple[int, int]]:
 
 def missed(found: dict[str, tuple[int, int]]) -> list[str]:
     """The goals that a half does not reach."""
-    low = [name for name, goal in GOALS.items() if found[name][1] and found[name][0] < goal * found[name][1]]
+    low = [
+        name
+        for name, goal in GOALS.items()
+        if found[name][1] and found[name][0] < goal * found[name][1]
+    ]
     return low + ["false alarms"] * (found["false alarms"][0] > 0)
 
 
 def show(rows: list[dict]) -> None:
     """The matrix, what went wrong, and the rates of each half."""
-    pairs = Counter((row["true"], row["said"] if len(row["said"]) < 40 else "an error") for row in rows)
+    pairs = Counter(
+        (row["true"], row["said"] if len(row["said"]) < 40 else "an error") for row in rows
+    )
     said = sorted({name for _, name in pairs}, key=lambda name: (name == "healthy", name))
     print("columns: " + ", ".join(f"{i} {name}" for i, name in enumerate(said)))
     print(f"{'true':26}" + "".join(f"{i:4}" for i in range(len(said))))
@@ -108,15 +137,21 @@ def show(rows: list[dict]) -> None:
             print(f"  {row['half']:7}{row['framework']:8} {row['name']}: {found}; {detail}")
     for half in ("set", "unseen"):
         of = rates([row for row in rows if row["half"] == half])
-        parts = [f"{name} {a}/{b}" + (f" = {a / b:.1%}" if b else "") for name, (a, b) in of.items()]
+        parts = [
+            f"{name} {a}/{b}" + (f" = {a / b:.1%}" if b else "") for name, (a, b) in of.items()
+        ]
         print(f"{half:7} " + ", ".join(parts))
 
 
 def main() -> int:
     """Run the suite and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--half", choices=("set", "unseen", "all"), default="all")
-    parser.add_argument("--only", default="", help="a regular expression on framework, architecture and name")
+    parser.add_argument(
+        "--only", default="", help="a regular expression on framework, architecture and name"
+    )
     parser.add_argument("--every", type=int, default=1, help="every n-th of the cases chosen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
@@ -124,20 +159,30 @@ def main() -> int:
     args = parser.parse_args()
     label = lambda case: f"{case.framework} {case.architecture} {case.name}"
     chosen = [
-        i for i, (half, case) in enumerate(suite()) if args.half in (half, "all") and re.search(args.only, label(case))
+        i
+        for i, (half, case) in enumerate(suite())
+        if args.half in (half, "all") and re.search(args.only, label(case))
     ]
     chosen = chosen[:: args.every]
     started, rows = time.monotonic(), []
     context = get_context("spawn")
-    with context.Pool(args.jobs, maxtasksperchild=24) as pool:  # new processes now and then: compiled programs add up
+    with context.Pool(
+        args.jobs, maxtasksperchild=24
+    ) as pool:  # new processes now and then: compiled programs add up
         work = functools.partial(examine, seed=args.seed)
         for done, row in enumerate(pool.imap(work, chosen), start=1):
             rows.append(row)
-            print(f"{done}/{len(chosen)} {row['framework']} {row['name']}: {row['said']}", file=sys.stderr, flush=True)
+            print(
+                f"{done}/{len(chosen)} {row['framework']} {row['name']}: {row['said']}",
+                file=sys.stderr,
+                flush=True,
+            )
     found = rates([row for row in rows if row["half"] == "unseen"])
     seconds = round(time.monotonic() - started, 1)
     if args.json:
-        print(json.dumps({"rows": rows, "unseen": found, "missed": missed(found), "seconds": seconds}))
+        print(
+            json.dumps({"rows": rows, "unseen": found, "missed": missed(found), "seconds": seconds})
+        )
     else:
         show(rows)
         print(f"goals missed on the unseen half: {', '.join(missed(found)) or 'none'}; {seconds} s")

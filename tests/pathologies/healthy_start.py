@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gradjax.initializers import bias, gaussian, orthogonal
+from gradjax.core.initializers import bias, gaussian, orthogonal
 from pathologies import nets_equinox as eqx_
 from pathologies import nets_linen as linen
 from pathologies import nets_nnx as nnx_
@@ -28,7 +28,8 @@ def healthy(
     *edits: tuple,
     **fields: Any,
 ) -> Case:
-    """The case whose problem is `build(seed, depth, **fields)` after the edits (layer, leaf, change)."""
+    """The case whose problem is `build(seed, depth, **fields)` after the edits (layer, leaf,
+    change)."""
     make = lambda seed: reduce(lambda p, e: edit(p, *e), edits, build(seed, depth, **fields))
     return Case(name, framework, architecture, depth, make, source=source)
 
@@ -53,12 +54,46 @@ MLPS = (
     healthy("he_relu_loop_20", "plain", "mlp", 20, plain.mlp, HE_, width=100, scan=False),
     healthy("critical_tanh_30", "linen", "mlp", 30, linen.mlp, CRITICAL, width=128, **critical),
     healthy("critical_tanh_20", "nnx", "mlp", 20, nnx_.mlp, CRITICAL, width=100, **critical),
-    healthy("xavier_tanh_5", "linen", "mlp", 5, linen.mlp, XAVIER, act=nn.tanh, kernel=nn.initializers.xavier_normal()),
     healthy(
-        "xavier_tanh_5", "equinox", "mlp", 5, eqx_.mlp, XAVIER, act=jnp.tanh, init=jax.nn.initializers.xavier_uniform()
+        "xavier_tanh_5",
+        "linen",
+        "mlp",
+        5,
+        linen.mlp,
+        XAVIER,
+        act=nn.tanh,
+        kernel=nn.initializers.xavier_normal(),
     ),
-    healthy("orthogonal_tanh_50", "linen", "mlp", 50, linen.mlp, SAXE, kind=linen.StackedMLP, **orthogonal_tanh),
-    healthy("orthogonal_linear_100", "plain", "mlp", 100, plain.mlp, SAXE, act=lambda z: z, init=orthogonal(1.0)),
+    healthy(
+        "xavier_tanh_5",
+        "equinox",
+        "mlp",
+        5,
+        eqx_.mlp,
+        XAVIER,
+        act=jnp.tanh,
+        init=jax.nn.initializers.xavier_uniform(),
+    ),
+    healthy(
+        "orthogonal_tanh_50",
+        "linen",
+        "mlp",
+        50,
+        linen.mlp,
+        SAXE,
+        kind=linen.StackedMLP,
+        **orthogonal_tanh,
+    ),
+    healthy(
+        "orthogonal_linear_100",
+        "plain",
+        "mlp",
+        100,
+        plain.mlp,
+        SAXE,
+        act=lambda z: z,
+        init=orthogonal(1.0),
+    ),
     healthy(
         "selu_20",
         "linen",
@@ -91,13 +126,46 @@ MLPS = (
         act=jax.nn.gelu,
         norm="layer",
     ),
-    healthy("dropout_relu_6", "linen", "mlp", 6, linen.mlp, "Srivastava et al. 2014, JMLR 15", dropout=0.3, width=128),
-    healthy("batchnorm_relu_6", "linen", "mlp", 6, linen.mlp, "Ioffe, Szegedy 2015, arXiv 1502.03167", norm="batch"),
-    healthy("batchnorm_relu_8", "nnx", "mlp", 8, nnx_.mlp, "Ioffe, Szegedy 2015, arXiv 1502.03167", norm="batch"),
     healthy(
-        "flax_default_relu_3", "linen", "mlp", 3, linen.mlp, "Flax's default", kernel=nn.initializers.lecun_normal()
+        "dropout_relu_6",
+        "linen",
+        "mlp",
+        6,
+        linen.mlp,
+        "Srivastava et al. 2014, JMLR 15",
+        dropout=0.3,
+        width=128,
     ),
-    healthy("equinox_default_relu_3", "equinox", "mlp", 3, eqx_.mlp, "Equinox's default", init=None),
+    healthy(
+        "batchnorm_relu_6",
+        "linen",
+        "mlp",
+        6,
+        linen.mlp,
+        "Ioffe, Szegedy 2015, arXiv 1502.03167",
+        norm="batch",
+    ),
+    healthy(
+        "batchnorm_relu_8",
+        "nnx",
+        "mlp",
+        8,
+        nnx_.mlp,
+        "Ioffe, Szegedy 2015, arXiv 1502.03167",
+        norm="batch",
+    ),
+    healthy(
+        "flax_default_relu_3",
+        "linen",
+        "mlp",
+        3,
+        linen.mlp,
+        "Flax's default",
+        kernel=nn.initializers.lecun_normal(),
+    ),
+    healthy(
+        "equinox_default_relu_3", "equinox", "mlp", 3, eqx_.mlp, "Equinox's default", init=None
+    ),
 )
 
 IMAGES = (
@@ -105,7 +173,15 @@ IMAGES = (
     healthy("lenet5_relu", "linen", "cnn", 4, linen.cnn, LECUN, kind=linen.LeNet, act=nn.relu),
     healthy("lenet5", "nnx", "cnn", 4, nnx_.lenet, LECUN),
     healthy("lenet5", "equinox", "cnn", 4, eqx_.lenet, LECUN),
-    healthy("vgg", "linen", "cnn", 7, linen.cnn, "Simonyan, Zisserman 2014, arXiv 1409.1556", kind=linen.VGG),
+    healthy(
+        "vgg",
+        "linen",
+        "cnn",
+        7,
+        linen.cnn,
+        "Simonyan, Zisserman 2014, arXiv 1409.1556",
+        kind=linen.VGG,
+    ),
     healthy("he_conv_12", "nnx", "cnn", 12, nnx_.cnn, HE_, width=32),
     healthy(
         "delta_orthogonal_20",
@@ -118,7 +194,15 @@ IMAGES = (
         kernel=nn.initializers.delta_orthogonal(),
         width=32,
     ),
-    healthy("resnet18_narrow", "linen", "resnet", 8, linen.cnn, "He et al. 2016, arXiv 1603.05027", kind=linen.ResNet),
+    healthy(
+        "resnet18_narrow",
+        "linen",
+        "resnet",
+        8,
+        linen.cnn,
+        "He et al. 2016, arXiv 1603.05027",
+        kind=linen.ResNet,
+    ),
     healthy(
         "fixup_20",
         "linen",
@@ -142,9 +226,23 @@ IMAGES = (
         norm="",
         scale=0.0,
     ),
-    healthy("rezero_40", "nnx", "resnet", 40, nnx_.resnet, "Bachlechner et al. 2020, arXiv 2003.04887", scale=0.0),
     healthy(
-        "scaled_residual_50", "plain", "resnet", 50, plain.resnet, "Hayou et al. 2021, arXiv 2010.12859", gain=50**-0.5
+        "rezero_40",
+        "nnx",
+        "resnet",
+        40,
+        nnx_.resnet,
+        "Bachlechner et al. 2020, arXiv 2003.04887",
+        scale=0.0,
+    ),
+    healthy(
+        "scaled_residual_50",
+        "plain",
+        "resnet",
+        50,
+        plain.resnet,
+        "Hayou et al. 2021, arXiv 2010.12859",
+        gain=50**-0.5,
     ),
     healthy(
         "zero_last_30",
@@ -162,10 +260,35 @@ OPEN = "Jozefowicz et al. 2015, ICML: a large positive bias of the forget gate"
 
 SEQUENCES = (
     healthy(
-        "lstm_30", "linen", "lstm", 30, linen.rnn, OPEN, (None, "hf.*bias", filled(3.0)), cell=nn.OptimizedLSTMCell(32)
+        "lstm_30",
+        "linen",
+        "lstm",
+        30,
+        linen.rnn,
+        OPEN,
+        (None, "hf.*bias", filled(3.0)),
+        cell=nn.OptimizedLSTMCell(32),
     ),
-    healthy("lstm_20", "linen", "lstm", 20, linen.rnn, OPEN, (None, "hf.*bias", filled(2.0)), cell=nn.LSTMCell(32)),
-    healthy("gru_30", "linen", "rnn", 30, linen.rnn, CHRONO, (None, "iz.*bias", filled(3.0)), cell=nn.GRUCell(32)),
+    healthy(
+        "lstm_20",
+        "linen",
+        "lstm",
+        20,
+        linen.rnn,
+        OPEN,
+        (None, "hf.*bias", filled(2.0)),
+        cell=nn.LSTMCell(32),
+    ),
+    healthy(
+        "gru_30",
+        "linen",
+        "rnn",
+        30,
+        linen.rnn,
+        CHRONO,
+        (None, "iz.*bias", filled(3.0)),
+        cell=nn.GRUCell(32),
+    ),
     healthy("lstm_40", "equinox", "lstm", 40, eqx_.rnn, CHRONO, cell=eqx.nn.LSTMCell, bias=3.5),
     healthy("orthogonal_50", "plain", "rnn", 50, plain.rnn, SAXE, act=lambda z: z),
     healthy(
@@ -188,15 +311,53 @@ SEQUENCES = (
         "Le et al. 2015, arXiv 1504.00941",
         cell=nn.SimpleCell(32, activation_fn=nn.relu, recurrent_kernel_init=identity),
     ),
-    healthy("orthogonal_tanh_20", "plain", "rnn", 20, plain.rnn, "Henaff et al. 2016, arXiv 1602.06662", inputs=0.1),
+    healthy(
+        "orthogonal_tanh_20",
+        "plain",
+        "rnn",
+        20,
+        plain.rnn,
+        "Henaff et al. 2016, arXiv 1602.06662",
+        inputs=0.1,
+    ),
 )
 
 TRANSFORMERS = (
-    healthy("pre_ln_6", "linen", "transformer", 6, linen.transformer, "Xiong et al. 2020, arXiv 2002.04745"),
-    healthy("pre_ln_12", "linen", "transformer", 12, linen.transformer, "Xiong et al. 2020, arXiv 2002.04745"),
-    healthy("pre_ln_6", "nnx", "transformer", 6, nnx_.transformer, "Xiong et al. 2020, arXiv 2002.04745"),
-    healthy("pre_ln_4", "equinox", "transformer", 4, eqx_.transformer, "Xiong et al. 2020, arXiv 2002.04745"),
-    healthy("pre_ln_scan_12", "plain", "transformer", 12, plain.transformer, "Xiong et al. 2020, arXiv 2002.04745"),
+    healthy(
+        "pre_ln_6",
+        "linen",
+        "transformer",
+        6,
+        linen.transformer,
+        "Xiong et al. 2020, arXiv 2002.04745",
+    ),
+    healthy(
+        "pre_ln_12",
+        "linen",
+        "transformer",
+        12,
+        linen.transformer,
+        "Xiong et al. 2020, arXiv 2002.04745",
+    ),
+    healthy(
+        "pre_ln_6", "nnx", "transformer", 6, nnx_.transformer, "Xiong et al. 2020, arXiv 2002.04745"
+    ),
+    healthy(
+        "pre_ln_4",
+        "equinox",
+        "transformer",
+        4,
+        eqx_.transformer,
+        "Xiong et al. 2020, arXiv 2002.04745",
+    ),
+    healthy(
+        "pre_ln_scan_12",
+        "plain",
+        "transformer",
+        12,
+        plain.transformer,
+        "Xiong et al. 2020, arXiv 2002.04745",
+    ),
     healthy(
         "post_ln_2",
         "linen",

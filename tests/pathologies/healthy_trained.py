@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from gradjax import transforms
-from gradjax.initializers import orthogonal
+from gradjax.core.initializers import orthogonal
 from pathologies import healthy_start as start
 from pathologies import nets_equinox as eqx_
 from pathologies import nets_linen as linen
@@ -36,7 +36,8 @@ def _train(
     edits: tuple = (),
     **fields: Any,
 ) -> Problem:
-    """`net` after `steps` of tx(rate) on batches of 512 examples, with what goes on from there in its options."""
+    """`net` after `steps` of tx(rate) on batches of 512 examples, with what goes on from there in
+    its options."""
     p = net(seed, depth, **fields)
     for e in edits:
         p = edit(p, *e)
@@ -49,7 +50,9 @@ def _train(
     return with_options(p._replace(params=params), tx=tx(rate), opt_state=state, learning_rate=rate)
 
 
-def _options(seed: int, depth: int, net: Callable, rate: float, tx: Callable, **fields: Any) -> Problem:
+def _options(
+    seed: int, depth: int, net: Callable, rate: float, tx: Callable, **fields: Any
+) -> Problem:
     return with_options(net(seed, depth, **fields), tx=tx(rate), learning_rate=rate)
 
 
@@ -68,7 +71,17 @@ def after(name, framework, architecture, depth, net, source, tx, rate, steps, **
     """A case trained by `_train`."""
     name = f"{name}_after_{steps}"
     return healthy(
-        name, framework, architecture, depth, _train, source, net=net, tx=tx, rate=rate, steps=steps, **fields
+        name,
+        framework,
+        architecture,
+        depth,
+        _train,
+        source,
+        net=net,
+        tx=tx,
+        rate=rate,
+        steps=steps,
+        **fields,
     )
 
 
@@ -77,8 +90,32 @@ open_gates = ((None, "hf.*bias", filled(3.0)),)
 
 TRAINED = (
     after("he_relu_5", "linen", "mlp", 5, linen.mlp, KINGMA, adam, 1e-3, 200),
-    after("he_relu_10", "linen", "mlp", 10, linen.mlp, HE_, sgd, 0.02, 300, width=128, kind=linen.SetupMLP),
-    after("he_relu_20_scan", "linen", "mlp", 20, linen.mlp, HE_, adam, 3e-4, 200, width=128, kind=linen.StackedMLP),
+    after(
+        "he_relu_10",
+        "linen",
+        "mlp",
+        10,
+        linen.mlp,
+        HE_,
+        sgd,
+        0.02,
+        300,
+        width=128,
+        kind=linen.SetupMLP,
+    ),
+    after(
+        "he_relu_20_scan",
+        "linen",
+        "mlp",
+        20,
+        linen.mlp,
+        HE_,
+        adam,
+        3e-4,
+        200,
+        width=128,
+        kind=linen.StackedMLP,
+    ),
     after(
         "critical_tanh_10",
         "linen",
@@ -146,9 +183,30 @@ TRAINED = (
         norm="batch",
     ),
     after(
-        "dropout_relu_4", "linen", "mlp", 4, linen.mlp, "Srivastava et al. 2014, JMLR 15", adam, 1e-3, 200, dropout=0.2
+        "dropout_relu_4",
+        "linen",
+        "mlp",
+        4,
+        linen.mlp,
+        "Srivastava et al. 2014, JMLR 15",
+        adam,
+        1e-3,
+        200,
+        dropout=0.2,
     ),
-    after("lenet5", "linen", "cnn", 4, linen.cnn, start.LECUN, adam, 2e-3, 300, data="images", kind=linen.LeNet),
+    after(
+        "lenet5",
+        "linen",
+        "cnn",
+        4,
+        linen.cnn,
+        start.LECUN,
+        adam,
+        2e-3,
+        300,
+        data="images",
+        kind=linen.LeNet,
+    ),
     after("lenet5", "equinox", "cnn", 4, eqx_.lenet, start.LECUN, adam, 2e-3, 200, data="images"),
     after("he_conv_4", "nnx", "cnn", 4, nnx_.cnn, HE_, adam, 1e-3, 60, data="images"),
     after(
@@ -177,10 +235,26 @@ TRAINED = (
         scale=0.0,
     ),
     after(
-        "pre_ln_4", "linen", "transformer", 4, linen.transformer, "Xiong et al. 2020, arXiv 2002.04745", adam, 1e-3, 150
+        "pre_ln_4",
+        "linen",
+        "transformer",
+        4,
+        linen.transformer,
+        "Xiong et al. 2020, arXiv 2002.04745",
+        adam,
+        1e-3,
+        150,
     ),
     after(
-        "pre_ln_3", "nnx", "transformer", 3, nnx_.transformer, "Xiong et al. 2020, arXiv 2002.04745", adam, 1e-3, 100
+        "pre_ln_3",
+        "nnx",
+        "transformer",
+        3,
+        nnx_.transformer,
+        "Xiong et al. 2020, arXiv 2002.04745",
+        adam,
+        1e-3,
+        100,
     ),
     after(
         "pre_ln_scan_6",

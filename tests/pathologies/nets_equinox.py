@@ -1,4 +1,5 @@
-"""Equinox networks, each a function (seed, depth, ...) -> Problem; layer 3 has the path `layers[3]`.
+"""Equinox networks, each a function (seed, depth, ...) -> Problem; layer 3 has the path
+`layers[3]`.
 
 A model maps one example; the loss vmaps it.
 """
@@ -19,12 +20,15 @@ Init = Callable[..., Any] | None
 
 def problem(model: eqx.Module, x, y) -> Problem:
     """Cross-entropy of the model as a function of its floating arrays."""
-    loss_fn, params = gradjax.functional(lambda model, x, y: cross_entropy(jax.vmap(model)(x), y), model)
+    loss_fn, params = gradjax.functional(
+        lambda model, x, y: cross_entropy(jax.vmap(model)(x), y), model
+    )
     return Problem(loss_fn, params, (x, y))
 
 
 def linear(key, n: int, m: int, init: Init = None) -> eqx.nn.Linear:
-    """A map from n to m features; `init` on a kernel (n, m) replaces Equinox's own and makes the bias zero."""
+    """A map from n to m features; `init` on a kernel (n, m) replaces Equinox's own and makes the
+    bias zero."""
     layer = eqx.nn.Linear(n, m, key=key)
     if init is None:
         return layer
@@ -42,7 +46,9 @@ class MLP(eqx.Module):
 
     def __init__(self, key, depth, width, act, init, norm, cut):
         keys = jax.random.split(key, depth + 1)
-        self.layers = [linear(k, 64 if i == 0 else width, width, init) for i, k in enumerate(keys[:-1])]
+        self.layers = [
+            linear(k, 64 if i == 0 else width, width, init) for i, k in enumerate(keys[:-1])
+        ]
         self.norms = [eqx.nn.LayerNorm(width) for _ in range(depth)] if norm else []
         self.readout = linear(keys[-1], width, 10, UNIT)
         self.act, self.cut = act, cut
@@ -68,7 +74,10 @@ def mlp(
     scale: float = 1.0,
 ):
     """A multilayer perceptron on digits; init=None: Equinox's default."""
-    return problem(MLP(jax.random.key(seed), depth, width, act, init, norm, cut), *digits(seed, batch, scale=scale))
+    return problem(
+        MLP(jax.random.key(seed), depth, width, act, init, norm, cut),
+        *digits(seed, batch, scale=scale),
+    )
 
 
 class CNN(eqx.Module):
@@ -82,10 +91,14 @@ class CNN(eqx.Module):
         keys = jax.random.split(key, depth + 1)
         self.act, self.layers = act, []
         for i, k in enumerate(keys[:-1]):
-            layer = eqx.nn.Conv2d(width if i else 1, width, 3, padding=1, padding_mode="CIRCULAR", key=k)
+            layer = eqx.nn.Conv2d(
+                width if i else 1, width, 3, padding=1, padding_mode="CIRCULAR", key=k
+            )
             shape = layer.weight.shape
             weight = gain * (shape[1] * 9) ** -0.5 * jax.random.normal(k, shape)
-            self.layers.append(eqx.tree_at(lambda q: (q.weight, q.bias), layer, (weight, 0 * layer.bias)))
+            self.layers.append(
+                eqx.tree_at(lambda q: (q.weight, q.bias), layer, (weight, 0 * layer.bias))
+            )
         self.readout = linear(keys[-1], 64 * width, 10, UNIT)
 
     def __call__(self, h):
@@ -95,9 +108,19 @@ class CNN(eqx.Module):
         return self.readout(h.ravel())
 
 
-def cnn(seed: int, depth: int, width: int = 16, *, act: Callable = jax.nn.relu, gain: float = GAIN, batch: int = 32):
+def cnn(
+    seed: int,
+    depth: int,
+    width: int = 16,
+    *,
+    act: Callable = jax.nn.relu,
+    gain: float = GAIN,
+    batch: int = 32,
+):
     """A convolutional network on the 8x8 images."""
-    return problem(CNN(jax.random.key(seed), depth, width, act, gain), *digits(seed, batch, image=True))
+    return problem(
+        CNN(jax.random.key(seed), depth, width, act, gain), *digits(seed, batch, image=True)
+    )
 
 
 class LeNet(eqx.Module):
@@ -111,9 +134,16 @@ class LeNet(eqx.Module):
 
     def __init__(self, key, act):
         k = jax.random.split(key, 5)
-        self.layers = [eqx.nn.Conv2d(1, 6, 3, padding=1, key=k[0]), eqx.nn.Conv2d(6, 16, 3, padding=1, key=k[1])]
+        self.layers = [
+            eqx.nn.Conv2d(1, 6, 3, padding=1, key=k[0]),
+            eqx.nn.Conv2d(6, 16, 3, padding=1, key=k[1]),
+        ]
         self.dense = [eqx.nn.Linear(64, 120, key=k[2]), eqx.nn.Linear(120, 84, key=k[3])]
-        self.pool, self.readout, self.act = eqx.nn.AvgPool2d(2, 2), eqx.nn.Linear(84, 10, key=k[4]), act
+        self.pool, self.readout, self.act = (
+            eqx.nn.AvgPool2d(2, 2),
+            eqx.nn.Linear(84, 10, key=k[4]),
+            act,
+        )
 
     def __call__(self, h):
         h = jnp.moveaxis(h, -1, 0)
@@ -131,7 +161,8 @@ def lenet(seed: int, depth: int, *, act: Callable = jax.nn.relu, batch: int = 32
 
 
 class Block(eqx.Module):
-    """h + scale * W_2 phi(W_1 h), with a LayerNorm before W_1 ("pre"), behind the sum ("post"), or none."""
+    """h + scale * W_2 phi(W_1 h), with a LayerNorm before W_1 ("pre"), behind the sum ("post"), or
+    none."""
 
     first: eqx.nn.Linear
     second: eqx.nn.Linear
@@ -172,7 +203,8 @@ def resnet(
     scale: float | None = None,
     batch: int = 32,
 ):
-    """A residual network of dense blocks on digits; `scale` is a learned scalar's start, None: no scalar."""
+    """A residual network of dense blocks on digits; `scale` is a learned scalar's start, None: no
+    scalar."""
     keys = jax.random.split(jax.random.key(seed), 2 * depth + 2)
     blocks = [
         Block(
@@ -186,7 +218,8 @@ def resnet(
         for i in range(depth)
     ]
     return problem(
-        ResNet(linear(keys[-2], 64, width, UNIT), blocks, linear(keys[-1], width, 10, UNIT)), *digits(seed, batch)
+        ResNet(linear(keys[-2], 64, width, UNIT), blocks, linear(keys[-1], width, 10, UNIT)),
+        *digits(seed, batch),
     )
 
 
@@ -209,17 +242,29 @@ class Sequence(eqx.Module):
         return self.readout(state[0] if lstm else state)
 
 
-def rnn(seed: int, seq_len: int, cell: Callable, width: int = 32, *, bias: float | None = None, batch: int = 32):
-    """`cell(features, width, key=...)` on normal sequences; `bias` fills the forget gate's bias of an LSTM."""
+def rnn(
+    seed: int,
+    seq_len: int,
+    cell: Callable,
+    width: int = 32,
+    *,
+    bias: float | None = None,
+    batch: int = 32,
+):
+    """`cell(features, width, key=...)` on normal sequences; `bias` fills the forget gate's bias of
+    an LSTM."""
     keys = jax.random.split(jax.random.key(seed))
     made = cell(8, width, key=keys[0])
     if bias is not None:  # Equinox orders an LSTM's gates i, f, g, o
         made = eqx.tree_at(lambda c: c.bias, made, made.bias.at[width : 2 * width].set(bias))
-    return problem(Sequence(made, eqx.nn.Linear(width, 10, key=keys[1])), *sequences(seed, seq_len, batch))
+    return problem(
+        Sequence(made, eqx.nn.Linear(width, 10, key=keys[1])), *sequences(seed, seq_len, batch)
+    )
 
 
 class EncoderBlock(eqx.Module):
-    """Attention and a two-layer MLP on (tokens, width); attention's logits are multiplied by `sharpen`."""
+    """Attention and a two-layer MLP on (tokens, width); attention's logits are multiplied by
+    `sharpen`."""
 
     attn: eqx.nn.MultiheadAttention
     up: eqx.nn.Linear
@@ -256,8 +301,17 @@ class Transformer(eqx.Module):
         return self.readout(h.mean(0))
 
 
-def transformer(seed: int, depth: int, width: int = 32, *, wiring: str = "pre", sharpen: float = 1.0, batch: int = 16):
-    """A transformer encoder on digits; `sharpen` far above 1 is a missing 1 / sqrt(d) in the logits."""
+def transformer(
+    seed: int,
+    depth: int,
+    width: int = 32,
+    *,
+    wiring: str = "pre",
+    sharpen: float = 1.0,
+    batch: int = 16,
+):
+    """A transformer encoder on digits; `sharpen` far above 1 is a missing 1 / sqrt(d) in the
+    logits."""
     keys = jax.random.split(jax.random.key(seed), depth + 1)
 
     def block(key):
@@ -275,5 +329,7 @@ def transformer(seed: int, depth: int, width: int = 32, *, wiring: str = "pre", 
 
     a, b, c = jax.random.split(keys[-1], 3)
     places = 0.5 * jax.random.normal(b, (8, width))
-    model = Transformer(linear(a, 8, width, UNIT), places, [block(k) for k in keys[:-1]], linear(c, width, 10, UNIT))
+    model = Transformer(
+        linear(a, 8, width, UNIT), places, [block(k) for k in keys[:-1]], linear(c, width, 10, UNIT)
+    )
     return problem(model, *digits(seed, batch))

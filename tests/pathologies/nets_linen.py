@@ -1,4 +1,5 @@
-"""Flax Linen networks, each a function (seed, depth, ...) -> Problem; layers are numbered from 0 in their names."""
+"""Flax Linen networks, each a function (seed, depth, ...) -> Problem; layers are numbered from 0 in
+their names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,17 @@ zeros = nn.initializers.zeros
 
 
 def problem(model: nn.Module, seed: int, x: Array, y: Array, **rngs: Array) -> Problem:
-    """Cross-entropy of `model` as a function of its params; BatchNorm's statistics come back as aux."""
+    """Cross-entropy of `model` as a function of its params; BatchNorm's statistics come back as
+    aux."""
     keys = {"params": jax.random.key(seed), **rngs}
     variables = dict(model.init(keys, x))
     params = variables.pop("params")
     if not variables:
-        return Problem(lambda p, x, y: cross_entropy(model.apply({"params": p}, x, rngs=rngs), y), params, (x, y))
+        return Problem(
+            lambda p, x, y: cross_entropy(model.apply({"params": p}, x, rngs=rngs), y),
+            params,
+            (x, y),
+        )
 
     def loss_fn(p, x, y, stats):
         logits, new = model.apply({"params": p, **stats}, x, mutable=["batch_stats"], rngs=rngs)
@@ -73,7 +79,11 @@ class MLP(nn.Module):
         h = h.reshape(len(h), -1)
         for i in range(self.depth):
             dense = nn.Dense(
-                self.width, kernel_init=self.kernel, bias_init=self.bias, dtype=self.dtype, name=f"layers_{i}"
+                self.width,
+                kernel_init=self.kernel,
+                bias_init=self.bias,
+                dtype=self.dtype,
+                name=f"layers_{i}",
             )
             z = self.act(normalize(self.norm, f"norm_{i}", self.dtype)(dense(h)))
             if self.dropout:
@@ -144,12 +154,23 @@ class RematMLP(nn.Module):
     @nn.compact
     def __call__(self, h):
         for i in range(self.depth):
-            layer = nn.remat(Layer)(self.width, self.act, self.kernel, self.bias, self.norm, name=f"layers_{i}")
+            layer = nn.remat(Layer)(
+                self.width, self.act, self.kernel, self.bias, self.norm, name=f"layers_{i}"
+            )
             h = layer(h)
         return nn.Dense(10, kernel_init=UNIT, name="readout")(h)
 
 
-def mlp(seed: int, depth: int, width: int = 64, *, kind: type = MLP, batch: int = 32, scale: float = 1.0, **fields):
+def mlp(
+    seed: int,
+    depth: int,
+    width: int = 64,
+    *,
+    kind: type = MLP,
+    batch: int = 32,
+    scale: float = 1.0,
+    **fields,
+):
     """A multilayer perceptron on digits; `kind` is one of the modules above."""
     model = kind(depth, width, **fields)
     rngs = {"dropout": jax.random.key(seed + 100)} if fields.get("dropout") else {}
@@ -168,7 +189,9 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, h):
         for i in range(self.depth):
-            h = nn.Conv(self.width, (3, 3), padding="CIRCULAR", kernel_init=self.kernel, name=f"layers_{i}")(h)
+            h = nn.Conv(
+                self.width, (3, 3), padding="CIRCULAR", kernel_init=self.kernel, name=f"layers_{i}"
+            )(h)
             h = self.act(normalize(self.norm, f"norm_{i}")(h))
         return nn.Dense(10, kernel_init=UNIT, name="readout")(h.reshape(len(h), -1))
 
@@ -203,14 +226,17 @@ class VGG(nn.Module):
 
 
 class Block(nn.Module):
-    """h + scale * conv(relu(norm(conv(relu(norm h))))), or the same with dense maps (`space=()`)."""
+    """h + scale * conv(relu(norm(conv(relu(norm h))))), or the same with dense maps
+    (`space=()`)."""
 
     width: int
     space: tuple = (3, 3)
     norm: str = "batch"
     kernel: Init = HE
     last: Init = HE
-    scale: float | None = None  # a learned scalar that starts here (SkipInit, ReZero); None: no scalar
+    scale: float | None = (
+        None  # a learned scalar that starts here (SkipInit, ReZero); None: no scalar
+    )
     cut: bool = False
 
     @nn.compact
@@ -276,7 +302,8 @@ def rnn(seed: int, seq_len: int, cell: nn.Module, *, batch: int = 32, scale: flo
 
 
 class EncoderBlock(nn.Module):
-    """Attention and a two-layer MLP, wired `pre`, `post`, `noskip` (attention alone) or `nonorm`."""
+    """Attention and a two-layer MLP, wired `pre`, `post`, `noskip` (attention alone) or
+    `nonorm`."""
 
     width: int
     heads: int = 4
@@ -300,7 +327,11 @@ class EncoderBlock(nn.Module):
 
         for branch, name in ((attention, "norm_attn"), (mlp, "norm_mlp")):
             norm = nn.LayerNorm(name=name) if self.wiring != "nonorm" else lambda z: z
-            h = norm(jnp.asarray(self.alpha, h.dtype) * h + branch(h)) if self.wiring == "post" else h + branch(norm(h))
+            h = (
+                norm(jnp.asarray(self.alpha, h.dtype) * h + branch(h))
+                if self.wiring == "post"
+                else h + branch(norm(h))
+            )
         return h
 
 

@@ -1,4 +1,5 @@
-"""Flax NNX networks, each a function (seed, depth, ...) -> Problem; layer 3 has the path `layers[3]`."""
+"""Flax NNX networks, each a function (seed, depth, ...) -> Problem; layer 3 has the path
+`layers[3]`."""
 
 import itertools
 from collections.abc import Callable
@@ -68,7 +69,9 @@ class CNN(nnx.Module):
     def __init__(self, depth, width, act, kernel, norm, rngs):
         sizes = [1] + [width] * depth
         options = {"padding": "CIRCULAR", "kernel_init": kernel, "rngs": rngs}
-        self.layers = List([nnx.Conv(a, b, (3, 3), **options) for a, b in itertools.pairwise(sizes)])
+        self.layers = List(
+            [nnx.Conv(a, b, (3, 3), **options) for a, b in itertools.pairwise(sizes)]
+        )
         self.norms = List([nnx.BatchNorm(width, rngs=rngs) for _ in range(depth)] if norm else [])
         self.readout = nnx.Linear(64 * width, 10, kernel_init=UNIT, rngs=rngs)
         self.act = act
@@ -80,7 +83,16 @@ class CNN(nnx.Module):
         return self.readout(h.reshape(len(h), -1))
 
 
-def cnn(seed: int, depth: int, width: int = 16, *, act=nnx.relu, kernel: Init = HE, norm="", batch: int = 32):
+def cnn(
+    seed: int,
+    depth: int,
+    width: int = 16,
+    *,
+    act=nnx.relu,
+    kernel: Init = HE,
+    norm="",
+    batch: int = 32,
+):
     """A convolutional network on the 8x8 images."""
     model = CNN(depth, width, act, kernel, norm, nnx.Rngs(seed))
     return problem(model, *digits(seed, batch, image=True))
@@ -115,7 +127,9 @@ class Block(nnx.Module):
         self.first = nnx.Linear(width, width, kernel_init=kernel, rngs=rngs)
         self.second = nnx.Linear(width, width, kernel_init=last, rngs=rngs)
         make = {"batch": nnx.BatchNorm, "layer": nnx.LayerNorm}.get(norm)
-        self.norm_first, self.norm_second = (make(width, rngs=rngs) if make else None for _ in range(2))
+        self.norm_first, self.norm_second = (
+            make(width, rngs=rngs) if make else None for _ in range(2)
+        )
         self.scale = None if scale is None else nnx.Param(jnp.full((), scale, jnp.float32))
 
     def __call__(self, h):
@@ -166,7 +180,16 @@ class Sequence(nnx.Module):
         return self.readout(self.rnn(x)[:, -1])
 
 
-def rnn(seed: int, seq_len: int, cell: Callable, width: int = 32, *, batch: int = 32, scale: float = 1.0, **options):
+def rnn(
+    seed: int,
+    seq_len: int,
+    cell: Callable,
+    width: int = 32,
+    *,
+    batch: int = 32,
+    scale: float = 1.0,
+    **options,
+):
     """`cell(features, width, rngs=...)` on normal sequences; a "layer" is a time step."""
     rngs = nnx.Rngs(seed)
     model = Sequence(cell(8, width, rngs=rngs, **options), width, rngs)
@@ -179,7 +202,10 @@ class EncoderBlock(nnx.Module):
     def __init__(self, width, wiring, rngs):
         self.attn = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
         self.norm_attn, self.norm_mlp = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
-        self.up, self.down = nnx.Linear(width, 2 * width, rngs=rngs), nnx.Linear(2 * width, width, rngs=rngs)
+        self.up, self.down = (
+            nnx.Linear(width, 2 * width, rngs=rngs),
+            nnx.Linear(2 * width, width, rngs=rngs),
+        )
         self.wiring = wiring
 
     def __call__(self, h):

@@ -1,4 +1,5 @@
-"""Plain functions with `gradjax.tap`, each (seed, depth, ...) -> Problem; the value behind layer 3 is `h[3]`."""
+"""Plain functions with `gradjax.tap`, each (seed, depth, ...) -> Problem; the value behind layer 3
+is `h[3]`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import gradjax
-from gradjax.initializers import gaussian
+from gradjax.core.initializers import gaussian
 from pathologies.case import Problem
 from pathologies.problems import GAIN, HE, ORTHOGONAL, UNIT, cross_entropy, digits, sequences
 
@@ -36,7 +37,8 @@ def mlp(
     batch: int = 32,
     scale: float = 1.0,
 ):
-    """h <- [h +] phi(W h + b), scanned over layers (values `h[i]`) or as a Python loop (values `h_i`)."""
+    """h <- [h +] phi(W h + b), scanned over layers (values `h[i]`) or as a Python loop (values
+    `h_i`)."""
     a, b = jax.random.split(jax.random.key(seed))
     layers = {"w": _stack(a, depth, width, init), "b": jnp.full((depth, width), bias, jnp.float32)}
     params = {"layers": layers, **_ends(b, 64, width)}
@@ -57,14 +59,18 @@ def mlp(
     return Problem(loss_fn, params, digits(seed, batch, scale=scale))
 
 
-def resnet(seed: int, depth: int, width: int = 64, *, gain: float = 1.0, scan: bool = True, batch: int = 32):
+def resnet(
+    seed: int, depth: int, width: int = 64, *, gain: float = 1.0, scan: bool = True, batch: int = 32
+):
     """h <- h + gain * W_2 relu(W_1 h) with He weights, scanned over blocks."""
     a, b, c = jax.random.split(jax.random.key(seed), 3)
     layers = {"first": _stack(a, depth, width, HE), "second": _stack(b, depth, width, UNIT)}
     params = {"layers": layers, **_ends(c, 64, width)}
 
     def step(h, layer):
-        return gradjax.tap(h + gain * (jax.nn.relu(h @ layer["first"]) @ layer["second"]), "h"), None
+        return gradjax.tap(
+            h + gain * (jax.nn.relu(h @ layer["first"]) @ layer["second"]), "h"
+        ), None
 
     def loss_fn(params, x, y):
         h, _ = jax.lax.scan(step, x @ params["embed"], params["layers"])
@@ -92,7 +98,10 @@ def rnn(
     }
 
     def loss_fn(params, x, y):
-        step = lambda h, x: (gradjax.tap(act(h @ params["recurrent"] + x @ params["input"]), "h"), None)
+        step = lambda h, x: (
+            gradjax.tap(act(h @ params["recurrent"] + x @ params["input"]), "h"),
+            None,
+        )
         h, _ = jax.lax.scan(step, jnp.zeros((len(x), width), x.dtype), x.swapaxes(0, 1))
         return cross_entropy(h @ params["readout"], y)
 
@@ -123,14 +132,17 @@ def transformer(
     gain: float = 1.0,
     batch: int = 16,
 ):
-    """Blocks scanned over depth; wiring pre, post, nonorm, noskip (attention alone), noskip_mlp (both, no skips).
+    """Blocks scanned over depth; wiring pre, post, nonorm, noskip (attention alone), noskip_mlp
+    (both, no skips).
 
     `temperature` divides the logits (default: sqrt of a head's width), `gain` multiplies value and MLP weights.
     """
     heads, sizes = 4, {"up": (width, 2 * width), "down": (2 * width, width)}
     names = ("query", "key", "value", "out", "up", "down")
     keys = jax.random.split(jax.random.key(seed), len(names) + 2)
-    draw = lambda key, name: jax.vmap(lambda k: UNIT(k, sizes.get(name, (width, width))))(jax.random.split(key, depth))
+    draw = lambda key, name: jax.vmap(lambda k: UNIT(k, sizes.get(name, (width, width))))(
+        jax.random.split(key, depth)
+    )
     layers = {name: draw(key, name) for key, name in zip(keys, names, strict=False)}
     layers = {name: gain * w if name in ("value", "down") else w for name, w in layers.items()}
     params = {"layers": layers, **_ends(keys[-1], 8, width)}

@@ -1,7 +1,8 @@
-"""Planted growth and decay of gradients, over depth and over time: the rows of `planted.PLANTED` of that kind.
+"""Planted growth and decay of gradients, over depth and over time: the rows of `planted.PLANTED` of
+that kind.
 
-G in a comment is the change of log rms of the cotangent from the last hidden value to the first, in nats, measured.
-"""
+G in a comment is the change of log rms of the cotangent from the last hidden value to the first, in
+nats, measured."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gradjax.initializers import gaussian, orthogonal
+from gradjax.core.initializers import gaussian, orthogonal
 from pathologies import nets_equinox, nets_linen, nets_nnx, nets_plain
 from pathologies.case import Case, last_integer
 from pathologies.problems import GAIN, edit, times
@@ -31,7 +32,8 @@ def planted(
     position: Callable = last_integer,
     **fields: Any,
 ) -> Case:
-    """The case whose problem is `build(seed, depth, **fields)` after the edits (layer, leaf, change)."""
+    """The case whose problem is `build(seed, depth, **fields)` after the edits (layer, leaf,
+    change)."""
     make = lambda seed: reduce(lambda p, e: edit(p, *e), edits, build(seed, depth, **fields))
     return Case(name, framework, architecture, depth, make, *label, position)
 
@@ -48,9 +50,23 @@ LARGE, SMALL = "weights_too_large", "weights_too_small"
 linen, nnx_, eqx_, plain = nets_linen, nets_nnx, nets_equinox, nets_plain
 
 EXPLODING = (
-    planted("relu_gain", "linen", "mlp", 50, linen.mlp, exploding(LARGE, 49, "severe"), kernel=gaussian(1.5 * GAIN)),
     planted(
-        "relu_gain_mild", "linen", "mlp", 30, linen.mlp, exploding(LARGE, 29, "mild"), kernel=gaussian(1.42 * GAIN)
+        "relu_gain",
+        "linen",
+        "mlp",
+        50,
+        linen.mlp,
+        exploding(LARGE, 49, "severe"),
+        kernel=gaussian(1.5 * GAIN),
+    ),
+    planted(
+        "relu_gain_mild",
+        "linen",
+        "mlp",
+        30,
+        linen.mlp,
+        exploding(LARGE, 29, "mild"),
+        kernel=gaussian(1.42 * GAIN),
     ),
     planted(
         "linear_orthogonal_1.25",
@@ -84,12 +100,33 @@ EXPLODING = (
         act=jnp.tanh,
         kernel=gaussian(2.5),
     ),
-    planted("relu_one_layer", "nnx", "mlp", 20, nnx_.mlp, exploding(LARGE, 9, "mild"), (9, "kernel", times(2e4))),
     planted(
-        "leaky_gain", "equinox", "mlp", 40, eqx_.mlp, exploding(LARGE, 39, "severe"), act=leaky, init=gaussian(2.1)
+        "relu_one_layer",
+        "nnx",
+        "mlp",
+        20,
+        nnx_.mlp,
+        exploding(LARGE, 9, "mild"),
+        (9, "kernel", times(2e4)),
     ),
     planted(
-        "relu_scan_taps", "plain", "mlp", 100, plain.mlp, exploding(LARGE, 99, "severe"), init=gaussian(1.4 * GAIN)
+        "leaky_gain",
+        "equinox",
+        "mlp",
+        40,
+        eqx_.mlp,
+        exploding(LARGE, 39, "severe"),
+        act=leaky,
+        init=gaussian(2.1),
+    ),
+    planted(
+        "relu_scan_taps",
+        "plain",
+        "mlp",
+        100,
+        plain.mlp,
+        exploding(LARGE, 99, "severe"),
+        init=gaussian(1.4 * GAIN),
     ),
     planted(
         "linear_one_layer_taps",
@@ -103,11 +140,42 @@ EXPLODING = (
         init=orthogonal(1.0),
         scan=False,
     ),
-    planted("conv_gain", "linen", "cnn", 20, linen.cnn, exploding(LARGE, 19, "mild"), kernel=gaussian(1.9 * GAIN)),
-    planted("conv_gain", "nnx", "cnn", 40, nnx_.cnn, exploding(LARGE, 39, "severe"), kernel=gaussian(1.6 * GAIN)),
-    planted("conv_one_layer", "equinox", "cnn", 12, eqx_.cnn, exploding(LARGE, 5, "mild"), (5, "weight", times(3e4))),
     planted(
-        "rnn_gain", "plain", "rnn", 50, plain.rnn, exploding(LARGE, 49, "severe"), act=LINEAR, init=orthogonal(1.3)
+        "conv_gain",
+        "linen",
+        "cnn",
+        20,
+        linen.cnn,
+        exploding(LARGE, 19, "mild"),
+        kernel=gaussian(1.9 * GAIN),
+    ),
+    planted(
+        "conv_gain",
+        "nnx",
+        "cnn",
+        40,
+        nnx_.cnn,
+        exploding(LARGE, 39, "severe"),
+        kernel=gaussian(1.6 * GAIN),
+    ),
+    planted(
+        "conv_one_layer",
+        "equinox",
+        "cnn",
+        12,
+        eqx_.cnn,
+        exploding(LARGE, 5, "mild"),
+        (5, "weight", times(3e4)),
+    ),
+    planted(
+        "rnn_gain",
+        "plain",
+        "rnn",
+        50,
+        plain.rnn,
+        exploding(LARGE, 49, "severe"),
+        act=LINEAR,
+        init=orthogonal(1.3),
     ),
     planted(
         "rnn_relu_gain",
@@ -121,9 +189,27 @@ EXPLODING = (
 )
 
 VANISHING = (
-    planted("relu_small", "linen", "mlp", 30, linen.mlp, vanishing(SMALL, 29, "mild"), kernel=gaussian(0.7 * GAIN)),
-    planted("relu_small", "nnx", "mlp", 50, nnx_.mlp, vanishing(SMALL, 49, "severe"), kernel=gaussian(0.6 * GAIN)),
-    planted("default_init", "equinox", "mlp", 20, eqx_.mlp, vanishing(SMALL, 19, "severe"), init=None),
+    planted(
+        "relu_small",
+        "linen",
+        "mlp",
+        30,
+        linen.mlp,
+        vanishing(SMALL, 29, "mild"),
+        kernel=gaussian(0.7 * GAIN),
+    ),
+    planted(
+        "relu_small",
+        "nnx",
+        "mlp",
+        50,
+        nnx_.mlp,
+        vanishing(SMALL, 49, "severe"),
+        kernel=gaussian(0.6 * GAIN),
+    ),
+    planted(
+        "default_init", "equinox", "mlp", 20, eqx_.mlp, vanishing(SMALL, 19, "severe"), init=None
+    ),
     planted(
         "relu_scan_small_200",
         "linen",
@@ -136,10 +222,23 @@ VANISHING = (
         kernel=gaussian(0.8 * GAIN),
     ),
     planted(
-        "tanh_small", "plain", "mlp", 60, plain.mlp, vanishing(SMALL, 59, "mild"), act=jnp.tanh, init=gaussian(0.8)
+        "tanh_small",
+        "plain",
+        "mlp",
+        60,
+        plain.mlp,
+        vanishing(SMALL, 59, "mild"),
+        act=jnp.tanh,
+        init=gaussian(0.8),
     ),
     planted(
-        "relu_one_layer_small", "linen", "mlp", 20, linen.mlp, vanishing(SMALL, 12, "mild"), (12, "kernel", times(3e-5))
+        "relu_one_layer_small",
+        "linen",
+        "mlp",
+        20,
+        linen.mlp,
+        vanishing(SMALL, 12, "mild"),
+        (12, "kernel", times(3e-5)),
     ),
     planted(
         "linear_one_layer_small",
@@ -182,9 +281,33 @@ VANISHING = (
         act=jax.nn.sigmoid,
         init=gaussian(1.5),
     ),
-    planted("conv_small", "linen", "cnn", 20, linen.cnn, vanishing(SMALL, 19, "mild"), kernel=gaussian(0.6 * GAIN)),
-    planted("conv_sigmoid", "nnx", "cnn", 10, nnx_.cnn, vanishing("activation_slope", 9, "severe"), act=jax.nn.sigmoid),
-    planted("rnn_small", "plain", "rnn", 30, plain.rnn, vanishing(SMALL, 29, "severe"), init=orthogonal(0.6)),
+    planted(
+        "conv_small",
+        "linen",
+        "cnn",
+        20,
+        linen.cnn,
+        vanishing(SMALL, 19, "mild"),
+        kernel=gaussian(0.6 * GAIN),
+    ),
+    planted(
+        "conv_sigmoid",
+        "nnx",
+        "cnn",
+        10,
+        nnx_.cnn,
+        vanishing("activation_slope", 9, "severe"),
+        act=jax.nn.sigmoid,
+    ),
+    planted(
+        "rnn_small",
+        "plain",
+        "rnn",
+        30,
+        plain.rnn,
+        vanishing(SMALL, 29, "severe"),
+        init=orthogonal(0.6),
+    ),
     planted(
         "rnn_sigmoid",
         "linen",

@@ -1,4 +1,5 @@
-"""Planted sicknesses of numbers, data, paths, initial values and optimisers: the rest of `planted.PLANTED`."""
+"""Planted sicknesses of numbers, data, paths, initial values and optimisers: the rest of
+`planted.PLANTED`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import optax
 
 import gradjax
 from gradjax import transforms
-from gradjax.initializers import gaussian, orthogonal
+from gradjax.core.initializers import gaussian, orthogonal
 from pathologies import nets_equinox as eqx_
 from pathologies import nets_linen as linen
 from pathologies import nets_nnx as nnx_
@@ -28,7 +29,8 @@ def overflow(cause: str, layer: int):
     return "exploding_activations", cause, layer, "severe"
 
 
-# the layer that overflows first, at seed 0; with random ReLU weights other seeds move it by up to three layers
+# the layer that overflows first, at seed 0; with random ReLU weights other seeds move it by up to
+# three layers
 RANGE = (
     planted(
         "linear_overflow",
@@ -41,9 +43,28 @@ RANGE = (
         act=LINEAR,
         kernel=orthogonal(2.2),
     ),
-    planted("relu_overflow", "nnx", "mlp", 120, nnx_.mlp, overflow(LARGE, 80), kernel=gaussian(3 * GAIN)),
-    planted("relu_overflow", "plain", "mlp", 100, plain.mlp, overflow(LARGE, 64), init=gaussian(4 * GAIN)),
-    planted("rnn_overflow", "plain", "rnn", 150, plain.rnn, overflow(LARGE, 126), act=LINEAR, init=orthogonal(2.0)),
+    planted(
+        "relu_overflow", "nnx", "mlp", 120, nnx_.mlp, overflow(LARGE, 80), kernel=gaussian(3 * GAIN)
+    ),
+    planted(
+        "relu_overflow",
+        "plain",
+        "mlp",
+        100,
+        plain.mlp,
+        overflow(LARGE, 64),
+        init=gaussian(4 * GAIN),
+    ),
+    planted(
+        "rnn_overflow",
+        "plain",
+        "rnn",
+        150,
+        plain.rnn,
+        overflow(LARGE, 126),
+        act=LINEAR,
+        init=orthogonal(2.0),
+    ),
     planted(
         "relu_float16",
         "linen",
@@ -55,13 +76,31 @@ RANGE = (
         dtype=jnp.float16,
     ),
     planted(
-        "tiny_inputs", "linen", "mlp", 10, linen.mlp, ("vanishing_activations", "input_scale", 0, "severe"), scale=1e-8
+        "tiny_inputs",
+        "linen",
+        "mlp",
+        10,
+        linen.mlp,
+        ("vanishing_activations", "input_scale", 0, "severe"),
+        scale=1e-8,
     ),
     planted(
-        "tiny_inputs", "equinox", "mlp", 8, eqx_.mlp, ("vanishing_activations", "input_scale", 0, "severe"), scale=1e-7
+        "tiny_inputs",
+        "equinox",
+        "mlp",
+        8,
+        eqx_.mlp,
+        ("vanishing_activations", "input_scale", 0, "severe"),
+        scale=1e-7,
     ),
     planted(
-        "tiny_inputs", "plain", "mlp", 12, plain.mlp, ("vanishing_activations", "input_scale", 0, "severe"), scale=1e-9
+        "tiny_inputs",
+        "plain",
+        "mlp",
+        12,
+        plain.mlp,
+        ("vanishing_activations", "input_scale", 0, "severe"),
+        scale=1e-9,
     ),
 )
 
@@ -119,8 +158,19 @@ WEIGHTS = (
         init=orthogonal(1.0),
     ),
     planted("constant", "linen", "mlp", 5, linen.mlp, symmetric(0), act=nn.tanh, kernel=constant),
-    planted("constant", "nnx", "cnn", 5, nnx_.cnn, symmetric(0), (None, "layers.*kernel", filled(0.02))),
-    planted("constant", "plain", "mlp", 6, plain.mlp, symmetric(0), (None, "'w'|embed", filled(0.03)), act=jnp.tanh),
+    planted(
+        "constant", "nnx", "cnn", 5, nnx_.cnn, symmetric(0), (None, "layers.*kernel", filled(0.02))
+    ),
+    planted(
+        "constant",
+        "plain",
+        "mlp",
+        6,
+        plain.mlp,
+        symmetric(0),
+        (None, "'w'|embed", filled(0.03)),
+        act=jnp.tanh,
+    ),
     # a layer whose units have the same weights in and the same weights out stays one unit for ever
     planted(
         "one_layer_alike",
@@ -145,7 +195,16 @@ WEIGHTS = (
     ),
     planted("stop_gradient", "linen", "mlp", 8, linen.mlp, untrained(0), cut=3),
     planted("stop_gradient", "equinox", "mlp", 6, eqx_.mlp, untrained(0), cut=0),
-    planted("stop_gradient_branch", "linen", "resnet", 6, linen.cnn, untrained(2), kind=linen.ResNet, cut=2),
+    planted(
+        "stop_gradient_branch",
+        "linen",
+        "resnet",
+        6,
+        linen.cnn,
+        untrained(2),
+        kind=linen.ResNet,
+        cut=2,
+    ),
     planted("unused", "nnx", "mlp", 8, nnx_.mlp, untrained(5), skipped=5),
     planted("unused", "linen", "mlp", 6, linen.mlp, untrained(2), skipped=2),
 )
@@ -160,7 +219,9 @@ def _fourier(seed: int, depth: int, frequency: float = 3e3) -> Problem:
         phase = x @ directions
         return base.loss_fn(params, jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], -1), y)
 
-    return base._replace(loss_fn=loss_fn, args=(jax.random.uniform(jax.random.key(seed), (32, 2)), base.args[1]))
+    return base._replace(
+        loss_fn=loss_fn, args=(jax.random.uniform(jax.random.key(seed), (32, 2)), base.args[1])
+    )
 
 
 class _FourierMLP(nn.Module):
@@ -178,7 +239,8 @@ def _fourier_linen(seed: int, depth: int) -> Problem:
 
 
 def _chaos(seed: int, depth: int) -> Problem:
-    """phi(LN z) = sin(3.5 LN z): every layer multiplies a small difference by about 2.4, and keeps the norm."""
+    """phi(LN z) = sin(3.5 LN z): every layer multiplies a small difference by about 2.4, and keeps
+    the norm."""
 
     def act(z):
         z = z - z.mean(-1, keepdims=True)
@@ -188,9 +250,25 @@ def _chaos(seed: int, depth: int) -> Problem:
 
 
 SHATTERED = (
-    planted("fourier", "plain", "mlp", 4, _fourier, ("shattered_gradients", "frequency", None, "severe")),
-    planted("fourier", "linen", "mlp", 4, _fourier_linen, ("shattered_gradients", "frequency", None, "severe")),
-    planted("layernorm_chaos", "plain", "mlp", 5, _chaos, ("shattered_gradients", "normalized_chaos", None, "mild")),
+    planted(
+        "fourier", "plain", "mlp", 4, _fourier, ("shattered_gradients", "frequency", None, "severe")
+    ),
+    planted(
+        "fourier",
+        "linen",
+        "mlp",
+        4,
+        _fourier_linen,
+        ("shattered_gradients", "frequency", None, "severe"),
+    ),
+    planted(
+        "layernorm_chaos",
+        "plain",
+        "mlp",
+        5,
+        _chaos,
+        ("shattered_gradients", "normalized_chaos", None, "mild"),
+    ),
 )
 
 
@@ -203,12 +281,15 @@ def _log_of_zero(seed: int, depth: int) -> Problem:
     """-log of a softmax that underflows: logits a thousand apart."""
     model = linen.MLP(depth, 64)
     x, y = linen.digits(seed)
-    loss_fn = lambda p, x, y: -jnp.log(nn.softmax(1e3 * model.apply({"params": p}, x))[jnp.arange(len(y)), y]).mean()
+    loss_fn = lambda p, x, y: (
+        -jnp.log(nn.softmax(1e3 * model.apply({"params": p}, x))[jnp.arange(len(y)), y]).mean()
+    )
     return Problem(loss_fn, model.init(jax.random.key(seed), x)["params"], (x, y))
 
 
 def _root_of_zero(seed: int, depth: int) -> Problem:
-    """The distance between an example's read-out and itself: 0, with the derivative 0 / 0; the loss is finite."""
+    """The distance between an example's read-out and itself: 0, with the derivative 0 / 0; the loss
+    is finite."""
     p = plain.mlp(seed, depth)
 
     def loss_fn(params, x, y):
@@ -228,10 +309,14 @@ def _empty_mask(seed: int, depth: int) -> Problem:
         losses = optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": p}, x), y)
         return (losses * mask).sum() / mask.sum()
 
-    return Problem(loss_fn, model.init(jax.random.key(seed), x)["params"], (x, y, jnp.zeros(len(y))))
+    return Problem(
+        loss_fn, model.init(jax.random.key(seed), x)["params"], (x, y, jnp.zeros(len(y)))
+    )
 
 
-def _scaled_loss(seed: int, depth: int, factor: float, base: Callable = linen.mlp, **fields: Any) -> Problem:
+def _scaled_loss(
+    seed: int, depth: int, factor: float, base: Callable = linen.mlp, **fields: Any
+) -> Problem:
     p = base(seed, depth, **fields)
     return p._replace(loss_fn=lambda *args: jnp.float32(factor) * p.loss_fn(*args))
 
@@ -247,7 +332,16 @@ NUMBERS = (
     planted("root_of_zero", "plain", "mlp", 4, _root_of_zero, non_finite("invalid_operation")),
     planted("empty_mask", "linen", "mlp", 4, _empty_mask, non_finite("invalid_operation")),
     planted("nan_in_batch", "linen", "mlp", 5, _bad_batch, non_finite("bad_data"), value=np.nan),
-    planted("inf_in_batch", "equinox", "mlp", 5, _bad_batch, non_finite("bad_data"), value=np.inf, base=eqx_.mlp),
+    planted(
+        "inf_in_batch",
+        "equinox",
+        "mlp",
+        5,
+        _bad_batch,
+        non_finite("bad_data"),
+        value=np.inf,
+        base=eqx_.mlp,
+    ),
     planted(
         "nan_parameter",
         "equinox",
@@ -282,14 +376,22 @@ NUMBERS = (
 
 
 def _optimized(
-    seed: int, depth: int, tx: Callable, base: Callable = linen.mlp, learning_rate: float = 0.05, **fields: Any
+    seed: int,
+    depth: int,
+    tx: Callable,
+    base: Callable = linen.mlp,
+    learning_rate: float = 0.05,
+    **fields: Any,
 ):
     p = base(seed, depth, **fields)
     return with_options(p, tx=tx(learning_rate), learning_rate=learning_rate)
 
 
-def _frozen(seed: int, depth: int, value: float, leaf: int | None, base: Callable = linen.mlp) -> Problem:
-    """Adam whose second moment holds `value` in one leaf, or in all: what one overflowed gradient leaves behind."""
+def _frozen(
+    seed: int, depth: int, value: float, leaf: int | None, base: Callable = linen.mlp
+) -> Problem:
+    """Adam whose second moment holds `value` in one leaf, or in all: what one overflowed gradient
+    leaves behind."""
     p, tx = base(seed, depth), optax.adam(1e-3)
     adam, *rest = tx.init(p.params)
     leaves, structure = jax.tree.flatten(adam.nu)
@@ -299,7 +401,8 @@ def _frozen(seed: int, depth: int, value: float, leaf: int | None, base: Callabl
 
 
 def _too_fast(seed: int, depth: int, base: Callable, num_steps: int = 0, **fields: Any) -> Problem:
-    """Gradient descent at four times the stable 2 / sharpness, the largest eigenvalue of the Hessian.
+    """Gradient descent at four times the stable 2 / sharpness, the largest eigenvalue of the
+    Hessian.
 
     After `num_steps` of training, for at the start a cross-entropy's sharpness falls faster than it hurts; measured:
     every one of these diverges within 20 steps.
@@ -328,8 +431,12 @@ def _spikes(seed: int, depth: int, factor: float, base: Callable = linen.mlp) ->
     return with_options(base(seed, depth), history={"loss": loss.astype(np.float32)})
 
 
-clipped = lambda max_norm: lambda lr: optax.chain(transforms.clip_by_global_norm(max_norm), optax.sgd(lr))
-clipped_adam = lambda max_norm: lambda lr: optax.chain(transforms.clip_by_global_norm(max_norm), optax.adam(lr))
+clipped = lambda max_norm: (
+    lambda lr: optax.chain(transforms.clip_by_global_norm(max_norm), optax.sgd(lr))
+)
+clipped_adam = lambda max_norm: (
+    lambda lr: optax.chain(transforms.clip_by_global_norm(max_norm), optax.adam(lr))
+)
 ALWAYS = ("clipping_always", "clipping_threshold", None, "severe")
 NEVER = ("clipping_never", "clipping_threshold", None, "severe")
 FROZEN = ("frozen_optimizer", "optimizer_state", None, "severe")
@@ -351,10 +458,20 @@ OPTIMIZERS = (
     ),
     planted("clip_1e9", "linen", "mlp", 5, _optimized, NEVER, tx=clipped(1e9)),
     planted(
-        "clip_1e6_adam", "nnx", "cnn", 4, _optimized, NEVER, tx=clipped_adam(1e6), base=nnx_.cnn, learning_rate=1e-3
+        "clip_1e6_adam",
+        "nnx",
+        "cnn",
+        4,
+        _optimized,
+        NEVER,
+        tx=clipped_adam(1e6),
+        base=nnx_.cnn,
+        learning_rate=1e-3,
     ),
     planted("adam_nu_inf", "linen", "mlp", 5, _frozen, FROZEN, value=np.inf, leaf=None),
-    planted("adam_nu_1e36", "plain", "mlp", 6, _frozen, FROZEN, value=1e36, leaf=None, base=plain.mlp),
+    planted(
+        "adam_nu_1e36", "plain", "mlp", 6, _frozen, FROZEN, value=1e36, leaf=None, base=plain.mlp
+    ),
     planted(
         "adam_nu_inf_one_leaf",
         "equinox",
@@ -370,12 +487,29 @@ OPTIMIZERS = (
     planted("sgd_mlp", "linen", "mlp", 4, _too_fast, FAST, base=linen.mlp, num_steps=60),
     planted("sgd_cnn", "nnx", "cnn", 4, _too_fast, FAST, base=nnx_.cnn, num_steps=20),
     planted("spikes", "linen", "mlp", 4, _spikes, SPIKES, factor=10.0),
-    planted("spikes_mild", "nnx", "mlp", 4, _spikes, ("loss_spikes", None, None, "mild"), factor=4.0, base=nnx_.mlp),
+    planted(
+        "spikes_mild",
+        "nnx",
+        "mlp",
+        4,
+        _spikes,
+        ("loss_spikes", None, None, "mild"),
+        factor=4.0,
+        base=nnx_.mlp,
+    ),
 )
 
 # gates that close: the product over time of a forget gate at sigmoid(b)
 GATES = (
-    planted("lstm_default", "linen", "lstm", 40, linen.rnn, vanishing(None, 39, "severe"), cell=nn.LSTMCell(32)),
+    planted(
+        "lstm_default",
+        "linen",
+        "lstm",
+        40,
+        linen.rnn,
+        vanishing(None, 39, "severe"),
+        cell=nn.LSTMCell(32),
+    ),
     planted(
         "lstm_closed",
         "linen",
@@ -387,7 +521,22 @@ GATES = (
         cell=nn.OptimizedLSTMCell(32),
     ),
     planted(
-        "lstm_closed", "equinox", "lstm", 20, eqx_.rnn, vanishing("bias", 19, "severe"), cell=eqx.nn.LSTMCell, bias=-3.0
+        "lstm_closed",
+        "equinox",
+        "lstm",
+        20,
+        eqx_.rnn,
+        vanishing("bias", 19, "severe"),
+        cell=eqx.nn.LSTMCell,
+        bias=-3.0,
     ),
-    planted("gru_default", "linen", "rnn", 40, linen.rnn, vanishing(None, 39, "severe"), cell=nn.GRUCell(32)),
+    planted(
+        "gru_default",
+        "linen",
+        "rnn",
+        40,
+        linen.rnn,
+        vanishing(None, 39, "severe"),
+        cell=nn.GRUCell(32),
+    ),
 )

@@ -1,10 +1,11 @@
-"""Planted sicknesses of units, skips, normalisation and attention: the rows of `planted.PLANTED` of that kind."""
+"""Planted sicknesses of units, skips, normalisation and attention: the rows of `planted.PLANTED` of
+that kind."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gradjax.initializers import gaussian, orthogonal
+from gradjax.core.initializers import gaussian, orthogonal
 from pathologies import nets_equinox as eqx_
 from pathologies import nets_linen as linen
 from pathologies import nets_nnx as nnx_
@@ -116,7 +117,15 @@ SATURATED = (
         act=jnp.tanh,
         kernel=gaussian(1.2),
     ),
-    planted("rnn_inputs", "plain", "rnn", 20, plain.rnn, saturated("input_scale", None, "severe"), inputs=30.0),
+    planted(
+        "rnn_inputs",
+        "plain",
+        "rnn",
+        20,
+        plain.rnn,
+        saturated("input_scale", None, "severe"),
+        inputs=30.0,
+    ),
 )
 
 
@@ -128,14 +137,24 @@ def _bad_step(seed: int, depth: int, learning_rate: float) -> Problem:
     p = edit(linen.mlp(seed, depth), None, "readout.*kernel", jnp.abs)
     p = p._replace(args=(p.args[0] - p.args[0].min(), p.args[1]))
     model = linen.MLP(depth, 64)
-    loss_fn = lambda params, x, y: 0.5 * ((model.apply({"params": params}, x).mean(-1) + 10.0) ** 2).mean()
+    loss_fn = lambda params, x, y: (
+        0.5 * ((model.apply({"params": params}, x).mean(-1) + 10.0) ** 2).mean()
+    )
     grads = jax.grad(loss_fn)(p.params, *p.args)
-    return Problem(loss_fn, jax.tree.map(lambda x, g: x - jnp.float32(learning_rate) * g, p.params, grads), p.args)
+    return Problem(
+        loss_fn,
+        jax.tree.map(lambda x, g: x - jnp.float32(learning_rate) * g, p.params, grads),
+        p.args,
+    )
 
 
 DEAD = (
-    planted("relu_bad_step", "linen", "mlp", 1, _bad_step, dead(0, "severe", None), learning_rate=1.0),
-    planted("relu_bias", "linen", "mlp", 10, linen.mlp, dead(4, "severe"), (4, "bias", plus(-30.0))),
+    planted(
+        "relu_bad_step", "linen", "mlp", 1, _bad_step, dead(0, "severe", None), learning_rate=1.0
+    ),
+    planted(
+        "relu_bias", "linen", "mlp", 10, linen.mlp, dead(4, "severe"), (4, "bias", plus(-30.0))
+    ),
     planted(
         "relu_bias_setup",
         "linen",
@@ -147,8 +166,12 @@ DEAD = (
         kind=linen.SetupMLP,
     ),
     planted("relu_bias", "nnx", "mlp", 6, nnx_.mlp, dead(0, "severe"), (0, "bias", plus(-30.0))),
-    planted("relu_bias_scan", "plain", "mlp", 16, plain.mlp, dead(8, "severe"), (8, "'b'", plus(-30.0))),
-    planted("relu_bias", "equinox", "cnn", 6, eqx_.cnn, dead(3, "severe"), (3, "bias", plus(-30.0))),
+    planted(
+        "relu_bias_scan", "plain", "mlp", 16, plain.mlp, dead(8, "severe"), (8, "'b'", plus(-30.0))
+    ),
+    planted(
+        "relu_bias", "equinox", "cnn", 6, eqx_.cnn, dead(3, "severe"), (3, "bias", plus(-30.0))
+    ),
     planted(
         "relu_bias_half",
         "linen",
@@ -161,9 +184,25 @@ DEAD = (
 )
 
 BATCHNORM = (
-    planted("batchnorm_relu_50", "linen", "mlp", 50, linen.mlp, batchnorm(49, "mild"), norm="batch", batch=64),
     planted(
-        "batchnorm_relu_100", "linen", "mlp", 100, linen.mlp, batchnorm(99, "severe"), norm="batch", kind=linen.SetupMLP
+        "batchnorm_relu_50",
+        "linen",
+        "mlp",
+        50,
+        linen.mlp,
+        batchnorm(49, "mild"),
+        norm="batch",
+        batch=64,
+    ),
+    planted(
+        "batchnorm_relu_100",
+        "linen",
+        "mlp",
+        100,
+        linen.mlp,
+        batchnorm(99, "severe"),
+        norm="batch",
+        kind=linen.SetupMLP,
     ),
     planted(
         "batchnorm_relu_scan_200",
@@ -176,7 +215,9 @@ BATCHNORM = (
         kind=linen.StackedMLP,
     ),
     planted("batchnorm_relu_60", "nnx", "mlp", 60, nnx_.mlp, batchnorm(59, "severe"), norm="batch"),
-    planted("batchnorm_conv_50", "linen", "cnn", 50, linen.cnn, batchnorm(49, "mild"), norm="batch"),
+    planted(
+        "batchnorm_conv_50", "linen", "cnn", 50, linen.cnn, batchnorm(49, "mild"), norm="batch"
+    ),
     planted(
         "batchnorm_tanh_80",
         "linen",
@@ -192,7 +233,16 @@ BATCHNORM = (
 
 RESIDUAL = (
     planted(
-        "dense", "linen", "resnet", 40, linen.cnn, residual("severe"), kind=linen.ResNet, space=(), norm="", width=64
+        "dense",
+        "linen",
+        "resnet",
+        40,
+        linen.cnn,
+        residual("severe"),
+        kind=linen.ResNet,
+        space=(),
+        norm="",
+        width=64,
     ),
     planted("conv", "linen", "resnet", 30, linen.cnn, residual("mild"), kind=linen.ResNet, norm=""),
     planted("dense", "nnx", "resnet", 50, nnx_.resnet, residual("severe")),
@@ -209,12 +259,24 @@ RESIDUAL = (
         residual=True,
         remat=True,
     ),
-    planted("no_norm", "plain", "transformer", 12, plain.transformer, residual("mild"), wiring="nonorm"),
+    planted(
+        "no_norm", "plain", "transformer", 12, plain.transformer, residual("mild"), wiring="nonorm"
+    ),
 )
 
 ATTENTION = (
-    planted("no_skips", "linen", "transformer", 12, linen.transformer, collapse("severe"), wiring="noskip"),
-    planted("no_skips", "nnx", "transformer", 8, nnx_.transformer, collapse("severe"), wiring="noskip"),
+    planted(
+        "no_skips",
+        "linen",
+        "transformer",
+        12,
+        linen.transformer,
+        collapse("severe"),
+        wiring="noskip",
+    ),
+    planted(
+        "no_skips", "nnx", "transformer", 8, nnx_.transformer, collapse("severe"), wiring="noskip"
+    ),
     # Equinox's own weights are sqrt(3) too small to keep the values' size
     planted(
         "no_skips",
@@ -226,8 +288,24 @@ ATTENTION = (
         (None, "attn.*weight", times(3**0.5)),
         wiring="noskip",
     ),
-    planted("no_skips", "plain", "transformer", 24, plain.transformer, collapse("severe"), wiring="noskip"),
-    planted("no_skips_mlp", "plain", "transformer", 12, plain.transformer, collapse("severe"), wiring="noskip_mlp"),
+    planted(
+        "no_skips",
+        "plain",
+        "transformer",
+        24,
+        plain.transformer,
+        collapse("severe"),
+        wiring="noskip",
+    ),
+    planted(
+        "no_skips_mlp",
+        "plain",
+        "transformer",
+        12,
+        plain.transformer,
+        collapse("severe"),
+        wiring="noskip_mlp",
+    ),
     planted(
         "logits_gain",
         "linen",
@@ -266,14 +344,21 @@ ATTENTION = (
     ),
 )
 
-# the skips of a deep post-LN network do not help its tokens: their mean cosine reaches 1, while the cotangent of the
-# blocks' outputs keeps its size (G = +0.4)
+# the skips of a deep post-LN network do not help its tokens: their mean cosine reaches 1, while the
+# cotangent of the blocks' outputs keeps its size (G = +0.4)
 DEEP_POST_LN = planted(
-    "post_ln_48", "linen", "transformer", 48, linen.transformer, ("rank_collapse", None, 0, "severe"), wiring="post"
+    "post_ln_48",
+    "linen",
+    "transformer",
+    48,
+    linen.transformer,
+    ("rank_collapse", None, 0, "severe"),
+    wiring="post",
 )
 
-# LN(h + f(h)) divides by what f adds to the forward pass and gives the gradient only f's slope; with the norm inside
-# the branch, h + f(LN h), the same networks keep their gradients (|G| < 2, measured)
+# LN(h + f(h)) divides by what f adds to the forward pass and gives the gradient only f's slope;
+# with the norm inside the branch, h + f(LN h), the same networks keep their gradients (|G| < 2,
+# measured)
 POST_LN = (
     DEEP_POST_LN,
     planted(

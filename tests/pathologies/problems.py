@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from gradjax.initializers import gaussian, orthogonal
+from gradjax.core.initializers import gaussian, orthogonal
 from pathologies.case import Problem
 
 PyTree = Any
@@ -27,8 +27,11 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), y.astype(np.int32)
 
 
-def digits(seed: int, batch: int = 32, *, image: bool = False, scale: float = 1.0) -> tuple[Array, Array]:
-    """Standardised digits (batch, 64) or (batch, 8, 8, 1) times `scale`, and their labels (batch,)."""
+def digits(
+    seed: int, batch: int = 32, *, image: bool = False, scale: float = 1.0
+) -> tuple[Array, Array]:
+    """Standardised digits (batch, 64) or (batch, 8, 8, 1) times `scale`, and their labels
+    (batch,)."""
     x, y = _digits()
     rows = np.random.default_rng(seed).permutation(len(y))[:batch]
     x = scale * (x[rows] - x.mean()) / x.std()
@@ -42,8 +45,11 @@ def gaussian_inputs(seed: int, batch: int = 32, features: int = 64) -> tuple[Arr
     return jnp.asarray(x), jnp.asarray(rng.integers(0, 10, batch, np.int32))
 
 
-def sequences(seed: int, seq_len: int, batch: int = 32, features: int = 8, scale: float = 1.0) -> tuple[Array, Array]:
-    """Normal sequences (batch, seq_len, features); the class is the index of the first step's largest feature."""
+def sequences(
+    seed: int, seq_len: int, batch: int = 32, features: int = 8, scale: float = 1.0
+) -> tuple[Array, Array]:
+    """Normal sequences (batch, seq_len, features); the class is the index of the first step's
+    largest feature."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((batch, seq_len, features), np.float32)
     return jnp.asarray(np.float32(scale) * x), jnp.asarray(x[:, 0].argmax(-1).astype(np.int32))
@@ -55,15 +61,20 @@ def cross_entropy(logits: Array, y: Array) -> Array:
 
 
 def pool(h: Array) -> Array:
-    """Means over squares of 2 x 2 pixels of (batch, height, width, channels); Flax's divides by an int."""
+    """Means over squares of 2 x 2 pixels of (batch, height, width, channels); Flax's divides by an
+    int."""
     batch, height, width, channels = h.shape
     return h.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
 
-def edit(problem: Problem, layer: int | None, leaf: str, change: Callable[[Array], Array]) -> Problem:
-    """Apply `change` to the leaves whose key path matches the pattern `leaf` in `layer` (None: in every one).
+def edit(
+    problem: Problem, layer: int | None, leaf: str, change: Callable[[Array], Array]
+) -> Problem:
+    """Apply `change` to the leaves whose key path matches the pattern `leaf` in `layer` (None: in
+    every one).
 
-    A leaf's layer is the first integer of its key path; in a stack (a path without one), the row of that index.
+    A leaf's layer is the first integer of its key path; in a stack (a path without one), the row of
+    that index.
 
     Raises:
       ValueError: no leaf matches, so that nothing would be planted.
@@ -106,7 +117,10 @@ def low_rank(rank: int, seed: int = 0) -> Callable[[Array], Array]:
     """A matrix of `rank` with the Frobenius norm of the one it replaces."""
 
     def change(w: Array) -> Array:
-        a, b = (jax.random.normal(jax.random.key(seed + i), (n, rank), w.dtype) for i, n in enumerate(w.shape))
+        a, b = (
+            jax.random.normal(jax.random.key(seed + i), (n, rank), w.dtype)
+            for i, n in enumerate(w.shape)
+        )
         low = a @ b.T
         return low * (jnp.linalg.norm(w) / jnp.linalg.norm(low))
 
@@ -114,9 +128,13 @@ def low_rank(rank: int, seed: int = 0) -> Callable[[Array], Array]:
 
 
 def train(
-    problem: Problem, tx: optax.GradientTransformation, num_steps: int, data: tuple[Array, ...] | None = None
+    problem: Problem,
+    tx: optax.GradientTransformation,
+    num_steps: int,
+    data: tuple[Array, ...] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """Params and optimiser state after `num_steps`: on random batches of `data`, else on the problem's own batch."""
+    """Params and optimiser state after `num_steps`: on random batches of `data`, else on the
+    problem's own batch."""
     has_aux = problem.options.get("has_aux", False)
     batch = len(problem.args[0])
 
@@ -126,7 +144,9 @@ def train(
         if data is not None:
             rows = jax.random.choice(key, len(data[0]), (batch,), replace=False)
             args = (*(x[rows] for x in data), *problem.args[len(data) :])
-        grads = jax.grad(lambda p: problem.loss_fn(p, *args)[0] if has_aux else problem.loss_fn(p, *args))(params)
+        grads = jax.grad(
+            lambda p: problem.loss_fn(p, *args)[0] if has_aux else problem.loss_fn(p, *args)
+        )(params)
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 

@@ -1,4 +1,5 @@
-"""Networks as Equinox's examples have them, small: healthy as published, and broken in stated ways."""
+"""Networks as Equinox's examples have them, small: healthy as published, and broken in stated
+ways."""
 
 import functools
 
@@ -9,7 +10,15 @@ import numpy as np
 import optax
 
 from pathologies.case import Case
-from pathologies.unseen_data import cross_entropy, digits, module, numbered, sentiment, sick, spirals
+from pathologies.unseen_data import (
+    cross_entropy,
+    digits,
+    module,
+    numbered,
+    sentiment,
+    sick,
+    spirals,
+)
 
 
 def keys(seed, n):
@@ -98,7 +107,10 @@ class AttentionBlock(eqx.Module):
         k = jax.random.split(key, 3)
         self.norms = [eqx.nn.LayerNorm(width) for _ in range(2)]
         self.attention = eqx.nn.MultiheadAttention(heads, width, key=k[0])
-        self.linear1, self.linear2 = eqx.nn.Linear(width, hidden, key=k[1]), eqx.nn.Linear(hidden, width, key=k[2])
+        self.linear1, self.linear2 = (
+            eqx.nn.Linear(width, hidden, key=k[1]),
+            eqx.nn.Linear(hidden, width, key=k[2]),
+        )
         self.skip = skip
 
     def __call__(self, x):
@@ -122,7 +134,10 @@ class ViT(eqx.Module):
     def __init__(self, seed, depth=6, width=32, skip=True):
         k = keys(seed, depth + 4)
         self.patch = eqx.nn.Linear(16, width, key=k[0])
-        self.positions, self.token = jax.random.normal(k[1], (17, width)), jax.random.normal(k[2], (1, width))
+        self.positions, self.token = (
+            jax.random.normal(k[1], (17, width)),
+            jax.random.normal(k[2], (1, width)),
+        )
         self.blocks = [AttentionBlock(width, 2 * width, 4, skip, key) for key in k[4:]]
         self.norm, self.head = eqx.nn.LayerNorm(width), eqx.nn.Linear(width, 10, key=k[3])
 
@@ -197,9 +212,14 @@ class BertLayer(eqx.Module):
 
     def __init__(self, width, heads, key):
         k = jax.random.split(key, 3)
-        bias = dict.fromkeys(("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias"), True)
+        bias = dict.fromkeys(
+            ("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias"), True
+        )
         self.attention = eqx.nn.MultiheadAttention(heads, width, **bias, key=k[0])
-        self.mlp, self.output = eqx.nn.Linear(width, 4 * width, key=k[1]), eqx.nn.Linear(4 * width, width, key=k[2])
+        self.mlp, self.output = (
+            eqx.nn.Linear(width, 4 * width, key=k[1]),
+            eqx.nn.Linear(4 * width, width, key=k[2]),
+        )
         self.norms = [eqx.nn.LayerNorm(width) for _ in range(2)]
 
     def __call__(self, x):
@@ -219,10 +239,16 @@ class Bert(eqx.Module):
 
     def __init__(self, seed, depth=3, width=32):
         k = keys(seed, depth + 4)
-        self.tokens, self.positions = eqx.nn.Embedding(64, width, key=k[0]), eqx.nn.Embedding(20, width, key=k[1])
+        self.tokens, self.positions = (
+            eqx.nn.Embedding(64, width, key=k[0]),
+            eqx.nn.Embedding(20, width, key=k[1]),
+        )
         self.norm = eqx.nn.LayerNorm(width)
         self.layers = [BertLayer(width, 2, key) for key in k[4:]]
-        self.pooler, self.classifier = eqx.nn.Linear(width, width, key=k[2]), eqx.nn.Linear(width, 2, key=k[3])
+        self.pooler, self.classifier = (
+            eqx.nn.Linear(width, width, key=k[2]),
+            eqx.nn.Linear(width, 2, key=k[3]),
+        )
 
     def __call__(self, ids):
         x = jax.vmap(self.tokens)(ids) + jax.vmap(self.positions)(jnp.arange(len(ids)))
@@ -246,13 +272,18 @@ def weights(where, function):
 
 
 def cnn_position(where):
-    """The CNN's layer: its list holds a convolution, pooling and activations, and dense layers at 4, 6 and 8."""
+    """The CNN's layer: its list holds a convolution, pooling and activations, and dense layers at
+    4, 6 and 8."""
     index = numbered("layer")(where)
     return None if index is None else 0 if index < 4 else index // 2 - 1
 
 
 def tanh_rnn(gain, length):
-    return module(lambda seed: RNN(seed, functools.partial(TanhCell, gain=gain), 64), spirals(length=length), binary)
+    return module(
+        lambda seed: RNN(seed, functools.partial(TanhCell, gain=gain), 64),
+        spirals(length=length),
+        binary,
+    )
 
 
 flat, image = digits(flat=True), digits(channels_first=True, scale=2.0, shift=-1.0)
@@ -319,7 +350,9 @@ CASES = (
         name="equinox_one_layer_large",
         architecture="mlp",
         depth=8,
-        make=module(mlp(8), flat, mapped, weights(lambda model: model.layers[5].weight, lambda w: 1e4 * w)),
+        make=module(
+            mlp(8), flat, mapped, weights(lambda model: model.layers[5].weight, lambda w: 1e4 * w)
+        ),
         source="eqx.nn.MLP(depth=8), one of whose layers was initialised 10,000 times too large",
         **sick("exploding_gradients", "weights_too_large", 5),
     ),

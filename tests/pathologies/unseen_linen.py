@@ -1,4 +1,5 @@
-"""Networks as Flax's Linen examples and Optax's have them, small: healthy as published, and broken in stated ways."""
+"""Networks as Flax's Linen examples and Optax's have them, small: healthy as published, and broken
+in stated ways."""
 
 import functools
 
@@ -26,7 +27,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         for _ in range(self.depth):
-            layer = nn.Dense(self.width, self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init)
+            layer = nn.Dense(
+                self.width, self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
+            )
             x = self.act(layer(x))
         return nn.Dense(10, dtype=self.dtype)(x)
 
@@ -73,7 +76,10 @@ class ResNet(nn.Module):
         x = nn.relu(norm(name="bn_init")(conv(self.filters, (3, 3), name="conv_init")(x)))
         for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
-                filters, strides = self.filters * 2**stage, (2, 2) if stage and not block else (1, 1)
+                filters, strides = (
+                    self.filters * 2**stage,
+                    (2, 2) if stage and not block else (1, 1),
+                )
                 y = nn.relu(norm()(conv(filters, (3, 3), strides)(x)))
                 last = zeros if self.skip else nn.initializers.ones
                 y = norm(scale_init=last)(conv(filters, (3, 3))(y))
@@ -92,7 +98,9 @@ def resnet(model, batch=32, steps=0, tx=None, **options):
         stats = variables.get("batch_stats", {})
 
         def loss_fn(params, x, y):
-            logits, new = model.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+            logits, new = model.apply(
+                {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+            )
             return cross_entropy(logits, y), new
 
         params, given = variables["params"], options | {"has_aux": True}
@@ -110,7 +118,8 @@ def sinusoids(length, width):
 
 
 class Block(nn.Module):
-    """Self-attention and a two-layer MLP, each with LayerNorm before it, after it or none, and a skip or none."""
+    """Self-attention and a two-layer MLP, each with LayerNorm before it, after it or none, and a
+    skip or none."""
 
     norm: str = "pre"  # or "post"
     skip: bool = True
@@ -123,7 +132,11 @@ class Block(nn.Module):
 
         def attention(h):
             layer = nn.MultiHeadDotProductAttention(
-                self.heads, use_bias=False, kernel_init=init, attention_fn=self.attention_fn, name="attention"
+                self.heads,
+                use_bias=False,
+                kernel_init=init,
+                attention_fn=self.attention_fn,
+                name="attention",
             )
             return layer(h, mask=mask)
 
@@ -170,7 +183,9 @@ class Decoder(nn.Module):
         for i in range(0 if self.scan else self.depth):
             x = self.block(name=f"encoderdecoderblock_{i}")(x, mask)
         x = nn.LayerNorm(name="encoderdecoder_norm")(x)
-        return nn.Dense(self.vocab, kernel_init=nn.initializers.xavier_uniform(), name="logitdense")(x)
+        return nn.Dense(
+            self.vocab, kernel_init=nn.initializers.xavier_uniform(), name="logitdense"
+        )(x)
 
 
 def unscaled(query, key, value, mask=None, **_):
@@ -187,7 +202,9 @@ def sharper(factor, depth):
         for i in range(depth):
             for name in ("query", "key"):
                 leaf = ("attention", name, "kernel")
-                params = edit(lambda kernel: factor * kernel, f"encoderdecoderblock_{i}", *leaf)(params)
+                params = edit(lambda kernel: factor * kernel, f"encoderdecoderblock_{i}", *leaf)(
+                    params
+                )
         return params
 
     return alter
@@ -228,7 +245,9 @@ class Seq2seq(nn.Module):
         x = jax.nn.one_hot(tokens, self.vocab)
         carry, _ = nn.RNN(nn.LSTMCell(self.hidden), return_carry=True, name="encoder")(x)
         shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
-        return nn.Dense(self.vocab)(nn.RNN(nn.LSTMCell(self.hidden), name="decoder")(shifted, initial_carry=carry))
+        return nn.Dense(self.vocab)(
+            nn.RNN(nn.LSTMCell(self.hidden), name="decoder")(shifted, initial_carry=carry)
+        )
 
 
 def copying(seed):
@@ -237,17 +256,23 @@ def copying(seed):
 
 
 class VAE(nn.Module):
-    """A Gaussian encoder, one sample, a Bernoulli decoder; `hard`: the sample rounded, which cuts the encoder off."""
+    """A Gaussian encoder, one sample, a Bernoulli decoder; `hard`: the sample rounded, which cuts
+    the encoder off."""
 
     hard: bool = False
 
     @nn.compact
     def __call__(self, x):
         h = nn.relu(nn.Dense(128, name="encoder_fc1")(x))
-        mean, logvar = nn.Dense(20, name="encoder_fc2_mean")(h), nn.Dense(20, name="encoder_fc2_logvar")(h)
+        mean, logvar = (
+            nn.Dense(20, name="encoder_fc2_mean")(h),
+            nn.Dense(20, name="encoder_fc2_logvar")(h),
+        )
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(jax.random.key(1), mean.shape)
         z = jnp.round(z) if self.hard else z
-        logits = nn.Dense(x.shape[-1], name="decoder_fc2")(nn.relu(nn.Dense(128, name="decoder_fc1")(z)))
+        logits = nn.Dense(x.shape[-1], name="decoder_fc2")(
+            nn.relu(nn.Dense(128, name="decoder_fc1")(z))
+        )
         return logits, mean, logvar
 
 
@@ -267,7 +292,8 @@ def pairs(data):
 
 
 class ActorCritic(nn.Module):
-    """Three convolutions over frames of bytes, a hidden layer, logits and a value; `divide` scales the bytes."""
+    """Three convolutions over frames of bytes, a hidden layer, logits and a value; `divide` scales
+    the bytes."""
 
     divide: float = 255.0
     bias: float = 0.0
@@ -293,9 +319,17 @@ def actor_critic(model, **options):
             logp, value = model.apply({"params": params}, frames)
             advantage = jax.lax.stop_gradient(returns - value)
             policy = -(advantage * jnp.take_along_axis(logp, actions[:, None], axis=1)[:, 0]).mean()
-            return policy + 0.5 * ((returns - value) ** 2).mean() + 0.01 * (jnp.exp(logp) * logp).sum(-1).mean()
+            return (
+                policy
+                + 0.5 * ((returns - value) ** 2).mean()
+                + 0.01 * (jnp.exp(logp) * logp).sum(-1).mean()
+            )
 
-        batch = jnp.asarray(frames, jnp.uint8), jnp.asarray(actions, jnp.int32), jnp.asarray(returns, jnp.float32)
+        batch = (
+            jnp.asarray(frames, jnp.uint8),
+            jnp.asarray(actions, jnp.int32),
+            jnp.asarray(returns, jnp.float32),
+        )
         return Problem(loss_fn, params, batch, options)
 
     return make

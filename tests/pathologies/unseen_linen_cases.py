@@ -8,7 +8,18 @@ from flax import linen as nn
 from flax.linen.initializers import constant, he_normal, normal
 
 from pathologies.case import Case
-from pathologies.unseen_data import digits, edit, linen, numbered, order, row, sentiment, sick, spirals, text
+from pathologies.unseen_data import (
+    digits,
+    edit,
+    linen,
+    numbered,
+    order,
+    row,
+    sentiment,
+    sick,
+    spirals,
+    text,
+)
 from pathologies.unseen_linen import (
     CNN,
     LSTM,
@@ -163,7 +174,9 @@ CASES = (
         name="flax_sst2_embedding_1000",
         architecture="lstm",
         depth=20,
-        make=linen(TextClassifier(), sentiment(), edit(lambda table: 1000 * table, "Embed_0", "embedding")),
+        make=linen(
+            TextClassifier(), sentiment(), edit(lambda table: 1000 * table, "Embed_0", "embedding")
+        ),
         source="flax/examples/sst2 with embeddings 1,000 times too large: every gate saturates",
         **sick("saturated_units"),
     ),
@@ -171,7 +184,11 @@ CASES = (
         name="linen_lstm_60_steps",
         architecture="lstm",
         depth=60,
-        make=linen(LSTM(), spirals(length=60), loss=lambda z, y: optax.sigmoid_binary_cross_entropy(z, y).mean()),
+        make=linen(
+            LSTM(),
+            spirals(length=60),
+            loss=lambda z, y: optax.sigmoid_binary_cross_entropy(z, y).mean(),
+        ),
         source="nn.LSTMCell, whose forget bias is 0, over 60 steps, read at the last",
         **sick("vanishing_gradients", None, 59),
     ),

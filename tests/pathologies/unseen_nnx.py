@@ -1,4 +1,5 @@
-"""Networks as Flax's NNX examples and Optax's have them, small: healthy as published, and broken in stated ways."""
+"""Networks as Flax's NNX examples and Optax's have them, small: healthy as published, and broken in
+stated ways."""
 
 import functools
 import itertools
@@ -15,12 +16,18 @@ from pathologies.unseen_linen import pairs, pool
 
 
 class MLP(nnx.Module):
-    """`layers[0]` to `layers[depth - 1]` with activations, then `out`; `skip` adds each layer to its input."""
+    """`layers[0]` to `layers[depth - 1]` with activations, then `out`; `skip` adds each layer to
+    its input."""
 
     def __init__(self, depth, rngs, width=64, act=nnx.relu, init=None, bias=0.0, skip=False):
         sizes = [256] + depth * [width]
-        kinds = {"kernel_init": init or initializers.lecun_normal(), "bias_init": initializers.constant(bias)}
-        self.layers = nnx.List(nnx.Linear(m, n, **kinds, rngs=rngs) for m, n in itertools.pairwise(sizes))
+        kinds = {
+            "kernel_init": init or initializers.lecun_normal(),
+            "bias_init": initializers.constant(bias),
+        }
+        self.layers = nnx.List(
+            nnx.Linear(m, n, **kinds, rngs=rngs) for m, n in itertools.pairwise(sizes)
+        )
         self.out = nnx.Linear(width, 10, rngs=rngs)
         self.act, self.skip = act, skip
 
@@ -32,7 +39,8 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Two convolutions, BatchNorm and dropout after the first, two dense layers; `unused` leaves the second out."""
+    """Two convolutions, BatchNorm and dropout after the first, two dense layers; `unused` leaves
+    the second out."""
 
     def __init__(self, rngs, unused=False):
         self.conv1 = nnx.Conv(1, 8, (3, 3), rngs=rngs)
@@ -80,9 +88,15 @@ class VAE(nnx.Module):
     """An encoder of mean and log standard deviation, one sample, a decoder."""
 
     def __init__(self, rngs):
-        self.linear1, self.linear_mean = nnx.Linear(256, 128, rngs=rngs), nnx.Linear(128, 32, rngs=rngs)
+        self.linear1, self.linear_mean = (
+            nnx.Linear(256, 128, rngs=rngs),
+            nnx.Linear(128, 32, rngs=rngs),
+        )
         self.linear_std = nnx.Linear(128, 32, rngs=rngs)
-        self.decoder1, self.decoder2 = nnx.Linear(32, 128, rngs=rngs), nnx.Linear(128, 256, rngs=rngs)
+        self.decoder1, self.decoder2 = (
+            nnx.Linear(32, 128, rngs=rngs),
+            nnx.Linear(128, 256, rngs=rngs),
+        )
 
     def __call__(self, x):
         h = nnx.relu(self.linear1(x))
@@ -98,13 +112,16 @@ def elbo(model, x, _):
 
 
 class ScanMLP(nnx.Module):
-    """`depth` layers Linear, BatchNorm, ReLU as one stack, scanned over the batch, then a read-out."""
+    """`depth` layers Linear, BatchNorm, ReLU as one stack, scanned over the batch, then a
+    read-out."""
 
     def __init__(self, depth, rngs, width=64):
         @nnx.split_rngs(splits=depth)
         @nnx.vmap(axis_size=depth)
         def stack(rngs):
-            return nnx.Dict(linear=nnx.Linear(width, width, rngs=rngs), norm=nnx.BatchNorm(width, rngs=rngs))
+            return nnx.Dict(
+                linear=nnx.Linear(width, width, rngs=rngs), norm=nnx.BatchNorm(width, rngs=rngs)
+            )
 
         self.inp, self.layers, self.out = (
             nnx.Linear(256, width, rngs=rngs),
@@ -158,7 +175,11 @@ def nan_weight(model):
     return model
 
 
-conv_linear, block, flat = order("conv1", "conv2", "linear1", "linear2"), numbered("layer"), digits(flat=True)
+conv_linear, block, flat = (
+    order("conv1", "conv2", "linear1", "linear2"),
+    numbered("layer"),
+    digits(flat=True),
+)
 he, adamw = initializers.he_normal(), optax.adamw(0.002)
 case = functools.partial(Case, framework="nnx")
 
@@ -290,7 +311,11 @@ CASES = (
         name="nnx_clip_at_a_million",
         architecture="transformer",
         depth=2,
-        make=nnx_make(lambda rngs: NanoLM(2, rngs), text(), tx=optax.chain(optax.clip_by_global_norm(1e6), adamw)),
+        make=nnx_make(
+            lambda rngs: NanoLM(2, rngs),
+            text(),
+            tx=optax.chain(optax.clip_by_global_norm(1e6), adamw),
+        ),
         position=block,
         source="optax/examples/nanolm.ipynb with a threshold that no gradient reaches",
         **sick("clipping_never", "clipping_threshold", severity="mild"),

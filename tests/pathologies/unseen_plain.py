@@ -1,4 +1,5 @@
-"""Networks as JAX's and Optax's examples write them in plain functions: healthy as published, and broken.
+"""Networks as JAX's and Optax's examples write them in plain functions: healthy as published, and
+broken.
 
 A value's name is that of its tap: `hidden_0` is the first hidden layer.
 """
@@ -36,27 +37,35 @@ flat = digits(flat=True)
 
 
 def plain(sizes, loss=cross_entropy, data=flat, stddev=None, act=jax.nn.relu, **more):
-    """A `make(seed)` for an MLP of `sizes` in `loss(logits, y)`; `more` may alter parameters and inputs."""
+    """A `make(seed)` for an MLP of `sizes` in `loss(logits, y)`; `more` may alter parameters and
+    inputs."""
     alter, before = more.pop("alter", lambda params: params), more.pop("before", lambda x: x)
 
     def make(seed):
         params = alter(dense(jax.random.key(seed), sizes, stddev))
-        return finish(lambda params, x, y: loss(mlp(params, before(x), act), y), params, data, seed, **more)
+        return finish(
+            lambda params, x, y: loss(mlp(params, before(x), act), y), params, data, seed, **more
+        )
 
     return make
 
 
 def max_pool(x):
     """The maximum over overlapping squares of 2 x 2."""
-    return jnp.maximum(jnp.maximum(x[:, :-1, :-1], x[:, 1:, :-1]), jnp.maximum(x[:, :-1, 1:], x[:, 1:, 1:]))
+    return jnp.maximum(
+        jnp.maximum(x[:, :-1, :-1], x[:, 1:, :-1]), jnp.maximum(x[:, :-1, 1:], x[:, 1:, 1:])
+    )
 
 
 def conv(x, w, stride, padding):
-    return jax.lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def cnn(**options):
-    """Two convolutions with overlapping max-pooling and two dense layers, Glorot's weights, no library."""
+    """Two convolutions with overlapping max-pooling and two dense layers, Glorot's weights, no
+    library."""
 
     def loss_fn(params, x, y):
         import gradjax
@@ -67,17 +76,26 @@ def cnn(**options):
         return cross_entropy(x @ params["dense1"], y)
 
     def make(seed):
-        shapes = {"conv0": (8, 8, 1, 8), "conv1": (4, 4, 8, 16), "dense0": (16, 32), "dense1": (32, 10)}
+        shapes = {
+            "conv0": (8, 8, 1, 8),
+            "conv1": (4, 4, 8, 16),
+            "dense0": (16, 32),
+            "dense1": (32, 10),
+        }
         keys = jax.random.split(jax.random.key(seed), len(shapes))
         glorot = jax.nn.initializers.glorot_normal()
-        params = {name: glorot(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+        params = {
+            name: glorot(key, shape)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
         return finish(loss_fn, params, digits(), seed, **options)
 
     return make
 
 
 def log_of_softmax(temperature):
-    """The cross entropy written out, of logits divided by a small temperature: the softmax underflows to 0."""
+    """The cross entropy written out, of logits divided by a small temperature: the softmax
+    underflows to 0."""
 
     def loss(logits, y):
         p = jax.nn.softmax(logits / temperature, axis=-1)
@@ -87,14 +105,16 @@ def log_of_softmax(temperature):
 
 
 def masked_entropy(logits, y):
-    """Cross entropy and the entropy over the lower five classes, whose `where` guards the value, not the gradient."""
+    """Cross entropy and the entropy over the lower five classes, whose `where` guards the value,
+    not the gradient."""
     p = jax.nn.softmax(jnp.where(jnp.arange(10)[None] < 5, logits, -1e9), axis=-1)
     entropy = -jnp.where(p > 0, p * jnp.log(p), 0.0).sum(axis=-1)
     return cross_entropy(logits, y) - 0.01 * entropy.mean()
 
 
 def triplet(logits, y):
-    """The mean distance between neighbours in the batch and itself: the norm of 0 has no derivative."""
+    """The mean distance between neighbours in the batch and itself: the norm of 0 has no
+    derivative."""
     distance = jnp.linalg.norm(logits[:, None] - logits[None], axis=-1)
     same = (y[:, None] == y[None]).astype(jnp.float32)
     return (same * distance + (1 - same) * jax.nn.relu(1 - distance)).mean()
@@ -116,13 +136,17 @@ def scaled_loss(exponent):
 
 
 def poisoned(tx, value):
-    """A `make(seed)` whose Adam carries second moments of `value`, left by one overflowed gradient."""
+    """A `make(seed)` whose Adam carries second moments of `value`, left by one overflowed
+    gradient."""
     healthy = plain((256, 64, 64, 10), tx=tx)
 
     def make(seed):
         problem = healthy(seed)
         adam, *rest = tx.init(problem.params)
-        adam = adam._replace(count=adam.count + 100, nu=jax.tree.map(lambda leaf: jnp.full_like(leaf, value), adam.nu))
+        adam = adam._replace(
+            count=adam.count + 100,
+            nu=jax.tree.map(lambda leaf: jnp.full_like(leaf, value), adam.nu),
+        )
         return problem._replace(options={"tx": tx, "opt_state": (adam, *rest)})
 
     return make
@@ -205,14 +229,18 @@ CASES = (
     case(
         name="plain_half_adam",
         depth=2,
-        make=plain(SIZES, data=digits(flat=True, dtype=np.float16), alter=half, tx=optax.adam(1e-3)),
+        make=plain(
+            SIZES, data=digits(flat=True, dtype=np.float16), alter=half, tx=optax.adam(1e-3)
+        ),
         source="github.com/google-deepmind/optax/issues/1754: Adam's eps is 0 in float16, and so are some gradients",
         **sick("non_finite", "float_range"),
     ),
     case(
         name="plain_loss_scale_2_74",
         depth=2,
-        make=plain(SIZES, scaled_loss(74), tx=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))),
+        make=plain(
+            SIZES, scaled_loss(74), tx=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+        ),
         source="a dynamic loss scale that went on doubling in float32",
         **sick("norm_overflow", "float_range"),
     ),

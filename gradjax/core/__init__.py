@@ -1,0 +1,3 @@
+"""What everything else rests on: exact scaling, the step protocol, activation functions,
+initialisers.
+"""

@@ -1,0 +1,4 @@
+"""The catalogue of remedies, and the search for those that cure a network."""
+
+from gradjax.cure.search import Cure as Cure
+from gradjax.cure.search import find_cure as find_cure

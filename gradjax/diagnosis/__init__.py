@@ -1,0 +1,5 @@
+"""From a loss function to a verdict: evidence, rules, findings, words."""
+
+from gradjax.diagnosis.rules import Finding as Finding
+from gradjax.diagnosis.verdict import Diagnosis as Diagnosis
+from gradjax.diagnosis.verdict import diagnose as diagnose

@@ -1,0 +1,55 @@
+"""LeNet-5 (LeCun, Bottou, Bengio, Haffner 1998, Gradient-based learning applied to document
+recognition, figure 2).
+
+    28 x 28 -> conv 5x5, 6, same -> 2x2 pool -> phi -> conv 5x5, 16, valid -> 2x2 pool -> phi -> 120
+    -> 84 -> logits
+
+as it is used today: the maximum is pooled (1998: a weighted mean), the second convolution sees all
+six maps (1998: some of them), any activation, and a linear read-out (1998: radial units). As in
+1998 phi follows the pooling, which for an increasing phi and the maximum is the same as before it.
+On images whose side after the first pooling is less than 6, such as the 8 x 8 digits, the second
+convolution keeps the size. 61,706 parameters on MNIST.
+"""
+
+from jax import Array
+
+from gradjax.experiment.models.convolution import (
+    ConvLayer,
+    DenseLayer,
+    Network,
+    Part,
+    Readout,
+    part,
+    side_of,
+)
+
+LAYERS = 4
+
+
+class LeNet5(Network, kw_only=True):
+    """Two convolutions, two dense layers and a linear read-out; dropout follows the dense
+    layers.
+    """
+
+    dropout: float | Array | None = None
+
+    def _parts(self, x: Array) -> list[Part]:
+        padding = "valid" if side_of(x) // 2 >= 6 else "same"
+        return [
+            part(
+                "conv_1", self, ConvLayer, features=6, size=5, pooled=True, flat=True, depth=LAYERS
+            ),
+            part(
+                "conv_2",
+                self,
+                ConvLayer,
+                features=16,
+                size=5,
+                padding=padding,
+                pooled=True,
+                depth=LAYERS,
+            ),
+            part("dense_1", self, DenseLayer, width=120, depth=LAYERS),
+            part("dense_2", self, DenseLayer, width=84, depth=LAYERS),
+            part("readout", self, Readout),
+        ]

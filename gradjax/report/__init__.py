@@ -1,0 +1,1 @@
+"""Files and figures: run folders, datasets on disk, one module per figure."""

@@ -1,0 +1,1 @@
+"""What theory says a measurement should be: mean field, random matrices, finite width."""
