@@ -1,4 +1,4 @@
-"""Who may import whom: one direction only, so that each file can be read without those above it."""
+"""Imports run one way: a folder may import from the folders above it in the table, never back."""
 
 import ast
 import subprocess
@@ -6,225 +6,130 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-PACKAGE = Path(__file__).parent.parent / "gradjax"
+PACKAGE = ROOT / "gradjax"
+PUBLIC = PACKAGE / "__init__.py"  # it names every folder, lazily
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PUBLIC)
 
-# module or subpackage -> what it may import of gradjax. A name may import itself (a subpackage's
-# files).
-MAY_IMPORT = {
-    # what is measured: no model, no config
-    "scale": set(),
-    "step": {"scale"},
-    "factors": set(),
-    "product": set(),
-    "grading": {"product"},
-    "growth": {"factors", "product"},
-    "jacobi": {"factors", "product", "grading"},
-    "spectrum": {"step", "scale", "factors", "product", "grading", "jacobi", "growth"},
-    "matrix_free": {"step", "scale"},
-    "activations": set(),
-    "initializers": {"scale"},
-    "meanfield": {"activations", "scale"},
-    "random_matrix": {"activations", "scale"},
-    "taps": set(),
-    "blocks": {"scale", "taps"},
-    "evidence": {"taps"},
-    "rules": {"evidence", "taps"},
-    "theory": {"activations"},
-    # what is trained
-    "config": set(),
-    "models": {"activations", "initializers", "scale", "step"},
-    "pretraining": {"models", "tasks"},
-    "transforms": {"scale"},
-    "tasks": set(),
-    "optimizers": {"config", "transforms"},
-    "remedies": {"tasks", "config", "meanfield", "models"},
-    "grid": {"config"},
-    "training": {
-        "config",
-        "models",
-        "pretraining",
-        "step",
-        "tasks",
-        "optimizers",
-        "transforms",
-        "scale",
-    },
-    # what is run and written down
-    "checkpoint": set(),
-    "results": {"config"},
-    "alarm": set(),
-    "monitor": {"alarm", "transforms", "results"},
-    "diagnosis": {
-        "evidence",
-        "rules",
-        "results",
-        "matrix_free",
-        "scale",
-        "taps",
-        "transforms",
-        "plots",
-    },
-    "measure": {
-        "config",
-        "models",
-        "training",
-        "tasks",
-        "step",
-        "spectrum",
-        "theory",
-        "evidence",
-        "diagnosis",
-    },
-    "program": {"config", "models", "tasks", "training"},
-    "ablation": {
-        "config",
-        "program",
-        "grid",
-        "models",
-        "training",
-        "transforms",
-        "checkpoint",
-        "results",
-        "monitor",
-        "tasks",
-        "scale",
-    },
-    "coordinate": {"taps", "scale", "results"},
-    "cure": {"config", "ablation", "measure", "diagnosis", "remedies", "results"},
-    "plots": set(),
-    "plots_cure": {"plots"},
-    "report": {"config", "results", "plots", "diagnosis"},
-    "cli": {
-        "config",
-        "grid",
-        "measure",
-        "diagnosis",
-        "remedies",
-        "ablation",
-        "cure",
-        "results",
-        "plots",
-        "plots_cure",
-    }
-    | {"report", "tasks"},
-    "__main__": {"cli"},
-}
-
-# third-party packages that only some files may name
-ONLY_IN = {
-    "flax": {"models", "taps"},
-    "xarray": {
-        "ablation",
-        "results",
-        "plots",
-        "plots_cure",
-        "report",
-        "measure",
-        "diagnosis",
-        "coordinate",
-        "cure",
-    },
-    "matplotlib": {"plots", "plots_cure", "cli"},  # the command line chooses the backend
-    "optax": {"transforms", "optimizers", "training", "measure", "coordinate", "diagnosis"},
-    "orbax": {"checkpoint"},
-    "sklearn": {"tasks"},
-    "pooch": {"tasks"},
-    "h5py": {"results"},
-    "h5netcdf": {"results"},
-    "tyro": {"config", "cli"},
-    "optimistix": {"meanfield", "random_matrix"},
-    "matfree": {"matrix_free", "spectrum"},
-}
-
-# the mathematics: jax and numpy, and of ONLY_IN what names them
-BARE = {
-    "scale",
-    "step",
-    "factors",
-    "product",
-    "grading",
-    "jacobi",
-    "growth",
-    "spectrum",
-    "matrix_free",
-    "meanfield",
-    "random_matrix",
-}
-
+# folder -> the third-party packages that its files may name beside jax and numpy; lowest first.
+# Folders in one row do not import each other.
+LAYERS: list[dict[str, set[str]]] = [
+    {"core": set()},
+    {"spectrum": set(), "matrix_free": {"matfree"}, "taps": {"equinox"}},
+    {"transforms": {"optax"}},
+    {"theory": set()},
+    {"report": {"xarray", "matplotlib", "scipy"}},
+    {"diagnosis": {"optax", "xarray"}},
+    {"monitor": set()},
+    {"experiment": {"flax", "optax", "orbax", "xarray", "sklearn", "pooch", "tyro"}},
+    {"cure": {"xarray", "scipy"}},
+    {"cli": {"rich", "matplotlib"}},
+]
 HEAVY = {"matplotlib", "xarray", "pooch", "sklearn", "h5py", "h5netcdf", "orbax"}
+LEVEL = {folder: level for level, row in enumerate(LAYERS) for folder in row}
+EXTRA = {folder: packages for row in LAYERS for folder, packages in row.items()}
 
 
-def owner(path: Path) -> str:
-    """The name in the table that a file belongs to: its module or its subpackage."""
+def folder_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-
-
-def imported(path: Path) -> list[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, lazy ones inside functions included."""
-    package = ("gradjax", *path.relative_to(PACKAGE).parts[:-1])
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import of a file: lazy ones, `import_module`, names in strings."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
-            origin = ".".join(part for part in (base, node.module) if part)
-            # `from gradjax import step` names a module only in its second half
-            found += [
-                (node.lineno, f"{origin}.{alias.name}" if origin == "gradjax" else origin)
-                for alias in node.names
+            assert not node.level, f"{path}:{node.lineno}: a relative import; write it from gradjax"
+            origin = node.module or ""
+            # `from gradjax import taps` names a module only in its second half
+            whole = [
+                f"{origin}.{alias.name}" if origin == "gradjax" else origin for alias in node.names
             ]
+            found += [(node.lineno, name) for name in whole]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
+            literal = node.args and isinstance(node.args[0], ast.Constant)
+            assert literal, f"{path}:{node.lineno}: an import by a name that no reader can see"
+            found.append((node.lineno, node.args[0].value))
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts
+        ):
+            # "gradjax.models:MODELS" and the like: an import by string
+            name, colon, _ = node.value.partition(":")
+            if colon and name.startswith("gradjax.") and " " not in node.value:
+                found.append((node.lineno, name))
     return found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    me = owner(path)
-    assert me in MAY_IMPORT, (
-        f"gradjax/{me} is not in the table of who may import whom. Add it to MAY_IMPORT in "
-        f"{Path(__file__).name} with the modules below it that it needs (and to ONLY_IN, if it is one of the "
-        f"few that may use a third-party package named there)."
-    )
-    for line, name in imported(path):
+    me = folder_of(path)
+    if me == "__main__":
+        return
+    assert me in LEVEL, f"gradjax/{me} is in no row of LAYERS in {Path(__file__).name}: add it."
+    for line, name in imports(path):
         top, *rest = name.split(".")
         where = f"gradjax/{path.relative_to(PACKAGE)}:{line} imports {name}"
         if top == "gradjax":
-            below = rest[0] if rest else "__version__"  # `import gradjax` serves its version alone
-            if below in ("__version__", me):
-                continue
-            assert below in MAY_IMPORT[me], (
-                f"{where}; {me} may import {sorted(MAY_IMPORT[me]) or 'nothing'}."
+            below = rest[0] if rest else me  # `import gradjax` is for its version
+            allowed = below == me or LEVEL[below] < LEVEL[me]
+            assert allowed, (
+                f"{where}; {me} may import {[f for f in LEVEL if LEVEL[f] < LEVEL[me]]}."
             )
-        elif top in ONLY_IN:
-            assert me in ONLY_IN[top], f"{where}; only {sorted(ONLY_IN[top])} may use {top}."
-        elif me in BARE and top not in sys.stdlib_module_names:
-            assert top in ("jax", "numpy"), f"{where}; the mathematics needs jax and numpy alone."
+        elif top not in sys.stdlib_module_names:
+            allowed = {"jax", "numpy"} | EXTRA[me]
+            assert top in allowed, f"{where}; {me} may import {sorted(allowed)}."
 
 
-def test_the_table_has_no_cycle():
-    def reach(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, f"imports may run in a circle: {' -> '.join((*above, name))}"
-        for below in MAY_IMPORT[name]:
-            reach(below, (*above, name))
+@pytest.mark.parametrize("folder", list(LEVEL))
+def test_no_permission_is_unused(folder):
+    used = set()
+    for path in (PACKAGE / folder).rglob("*.py"):
+        used |= {name.split(".")[0] for _, name in imports(path)}
+    assert not EXTRA[folder] - used
 
-    for name in MAY_IMPORT:
-        reach(name, ())
+
+def test_the_top_holds_folders_only():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(LEVEL)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import gradjax.cli",
+        "def f():\n    from gradjax.experiment import models",
+        "import importlib\nimportlib.import_module('gradjax.cure')",
+        "from importlib import import_module\nimport_module('gradjax.cure')",
+        "options = 'gradjax.experiment.models:MODELS'",
+    ],
+)
+def test_the_test_sees_an_import(text, tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(text)
+    assert any(name.startswith("gradjax.") for _, name in imports(path))
 
 
 def loaded_after(statement: str) -> set[str]:
     """The top-level packages in sys.modules of a fresh interpreter that ran `statement`."""
-    code = f"import sys\n{statement}\nprint('\\n' + ' '.join({{m.partition('.')[0] for m in sys.modules}}))"
+    code = (
+        f"import sys\n{statement}\n"
+        "print('\\n' + ' '.join({m.partition('.')[0] for m in sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())
 
 
 def test_importing_gradjax_loads_nothing_heavy():
-    assert not loaded_after("import gradjax") & HEAVY
+    assert not loaded_after("import gradjax") & (HEAVY | {"jax"})
 
 
 def test_help_loads_nothing_heavy():
@@ -239,3 +144,26 @@ def test_help_loads_nothing_heavy():
         ]
     )
     assert not loaded_after(ask) & (HEAVY | {"jax"})
+
+
+NAMES = (
+    "Monitor compare coordinate_check diagnose find_cure functional jacobian_spectrum "
+    "layer_jacobians links log_singular_values lyapunov_exponents moments per_example probe "
+    "signals sweep tap telemetry watch "
+    "spectrum taps transforms matrix_free meanfield random_matrix config models tasks results"
+).split()
+
+
+def test_public_paths_go_on_working():
+    lines = ["import gradjax", *(f"assert gradjax.{name}" for name in NAMES)]
+    modules = NAMES[NAMES.index("spectrum") :]
+    lines += [f"import gradjax.{name}" for name in modules]
+    lines += ["from gradjax.config import load", "from gradjax.models.mlp import MLP"]
+    lines += ["from gradjax.experiment.models import mlp", "assert mlp.MLP is MLP"]
+    loaded_after("\n".join(lines))
+
+
+def test_a_misspelt_module_names_the_nearest():
+    code = "import gradjax\ngradjax.tranforms"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "AttributeError" in done.stderr and "'transforms'" in done.stderr
