@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradjax import probe
-from gradjax.diagnosis.evidence import Examination
+from gradjax.diagnosis.evidence import Measurement
 
 GOALS = {"probe": 3.0}
 WIDTH, BATCH = 128, 128
@@ -72,7 +72,7 @@ def programs(make, depth):
     args = (params, x, labels)
 
     def examination():
-        made = Examination(loss, params, (x, labels))
+        made = Measurement(loss, params, (x, labels))
         return made.program.lower(made.traced.leaves, False), (made.traced.leaves,)
 
     return {

@@ -138,7 +138,7 @@ def mean(label: str, values: np.ndarray) -> Row:
     )
 
 
-def share(label: str, trained: np.ndarray) -> Row:
+def fraction(label: str, trained: np.ndarray) -> Row:
     """Wilson's interval of the share of seeds that train."""
     return Row(label, float(trained.mean()), *files.wilson(int(trained.sum()), len(trained)))
 

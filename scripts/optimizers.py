@@ -69,9 +69,9 @@ class Result(NamedTuple):
     ds: xr.Dataset  # as `gradjax.compare` returns it
 
     @property
-    def share(self) -> articles.Row:
+    def fraction(self) -> articles.Row:
         """Of the seeds that reach the target."""
-        return articles.share(self.label, self.ds["trained"].values)
+        return articles.fraction(self.label, self.ds["trained"].values)
 
     @property
     def test(self) -> articles.Row:
@@ -129,7 +129,7 @@ def at_best(found: Mapping[tuple[str, str, float], xr.Dataset]) -> list[Result]:
         )
         rate = max(runs, key=score)
         chosen.append(Result(name, kind, rate, rate in (min(runs), max(runs)), runs[rate]))
-    return sorted(chosen, key=lambda r: (-r.share.value, -r.test.value))
+    return sorted(chosen, key=lambda r: (-r.fraction.value, -r.test.value))
 
 
 def print_table(found: Sequence[Result]) -> None:
@@ -158,11 +158,11 @@ def print_table(found: Sequence[Result]) -> None:
             no_wrap=True,
         )
     for r in found:
-        share, test, at = r.share, r.test, r.ds["trained_at"].values
+        fraction, test, at = r.fraction, r.test, r.ds["trained_at"].values
         steps = f"{np.median(at[at >= 0]):.0f}" if (at >= 0).any() else "-"
         table.add_row(
             TITLES[r.name], "yes" if r.kind != "without" else "no", f"{r.rate:g}" + "*" * r.at_end,
-            f"{int(r.ds['trained'].sum())}/{r.ds.sizes['seed']}", f"{share.low:.0%} to {share.high:.0%}",
+            f"{int(r.ds['trained'].sum())}/{r.ds.sizes['seed']}", f"{fraction.low:.0%} to {fraction.high:.0%}",
             f"{test.value:.3f} ± {test.high - test.value:.3f}", steps, str(r.lost),
         )  # fmt: skip
     Console().print(table)
@@ -194,7 +194,7 @@ def figure(found: Sequence[Result], target: float, title: str) -> Any:
             figsize=(4.4 + 2.3 * columns, max(4.2, 2.1 * lines + 0.6)), layout="constrained"
         )
         grid = fig.add_gridspec(lines, columns + 1, width_ratios=(1.7, *[1] * columns))
-        _shares(fig.add_subplot(grid[:, 0]), found, names, target)
+        _fractions(fig.add_subplot(grid[:, 0]), found, names, target)
         first = None
         for place, name in enumerate(names):
             line, column = divmod(place, columns)
@@ -208,11 +208,11 @@ def figure(found: Sequence[Result], target: float, title: str) -> Any:
     return fig
 
 
-def _shares(ax: Any, found: Sequence[Result], names: Sequence[str], target: float) -> None:
+def _fractions(ax: Any, found: Sequence[Result], names: Sequence[str], target: float) -> None:
     for kind, colour in PAIR.items():
         shift = 0.17 if kind == "without" else -0.17
         for r in (r for r in found if r.kind == kind):
-            y, row = len(names) - 1 - names.index(r.name) + shift, r.share
+            y, row = len(names) - 1 - names.index(r.name) + shift, r.fraction
             spread = np.clip([[row.value - row.low], [row.high - row.value]], 0, None)
             ax.errorbar(row.value, y, xerr=spread, fmt="o", ms=5, lw=1.5, color=colour)
             ax.text(1.04, y, f"{r.test.value:.2f}", color=colour, va="center", fontsize=8.5)
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "clipping": r.kind != "without",
                 "rate": r.rate,
                 "rate_at_end_of_grid": r.at_end,
-                "trained": r.share._asdict(),
+                "trained": r.fraction._asdict(),
                 "test": r.test._asdict(),
                 "lost": r.lost,
             }

@@ -20,6 +20,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 @pytest.fixture(scope="module", autouse=True)
+def compile_quickly(request):
+    """Without LLVM's expensive passes, unless the module is marked `optimized`: its time goes into
+    running programs, or it is about the code that XLA makes.
+    """
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """What a module has compiled is of no use to the next one, and of all modules together it is
     gigabytes."""

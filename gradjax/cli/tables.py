@@ -119,7 +119,7 @@ def print_cure(summary, folder) -> None:
         "steps: to the target; σ: of the log gradient norm in training; ms: of a step of one seed"
     )
     for row in rows:
-        low, high = row["share_interval"]
+        low, high = row["fraction_interval"]
         cells = (
             f"{row['trained']}/{row['seeds']}",
             f"{100 * low:.0f}-{high:.0%}",

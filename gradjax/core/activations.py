@@ -56,8 +56,8 @@ def tailored_slope(
         )
 
     def last(a: float) -> float:
-        share = (1 - a) ** 2 / (math.pi * (1 + a * a))
-        return layers(lambda c: min(c + share * (math.sqrt(1 - c * c) - c * math.acos(c)), 1.0))
+        fraction = (1 - a) ** 2 / (math.pi * (1 + a * a))
+        return layers(lambda c: min(c + fraction * (math.sqrt(1 - c * c) - c * math.acos(c)), 1.0))
 
     low, high = 0.0, 1.0
     for _ in range(50):  # to 1e-15

@@ -107,7 +107,7 @@ def find_cure(
     found = sweep.compare(experiments, progress=progress)
     programs = _programs(found)
     rows = ranked(found)
-    if pairs and rows[0]["share"] < HEALTHY_SHARE:
+    if pairs and rows[0]["fraction"] < HEALTHY_SHARE:
         best = [row["remedy"] for row in rows if row["remedy"] != UNTREATED][:PAIRS_OF]
         more: dict[str, Experiment] = {}
         two = [(a, b) for a, b in combinations(best, 2) if "+" not in a + b]
@@ -186,7 +186,7 @@ def ranked(found: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
     """One row per setting, best first; see the module."""
     rows = [_row(name, ds) for name, ds in found.items()]
     order = lambda r: (
-        -r["share"],
+        -r["fraction"],
         -_or(r["score"], -math.inf),
         _or(r["stability"], math.inf),
         r["seconds_per_step"],
@@ -207,8 +207,8 @@ def _row(name: str, ds: xr.Dataset) -> dict[str, Any]:
         "remedy": name,
         "trained": trained,
         "seeds": seeds,
-        "share": trained / seeds,
-        "share_interval": files.wilson(trained, seeds),
+        "fraction": trained / seeds,
+        "fraction_interval": files.wilson(trained, seeds),
         "score": score,
         "score_interval": [score - half, score + half],
         "test_score": float(np.mean(ds["test_score"].values)),
@@ -269,7 +269,7 @@ def cured(c: Cure) -> bool:
     more.
     """
     before = next(row for row in c.ranking if row["remedy"] == UNTREATED)
-    return before["share"] < SICK_SHARE and c.ranking[0]["share"] >= HEALTHY_SHARE
+    return before["fraction"] < SICK_SHARE and c.ranking[0]["fraction"] >= HEALTHY_SHARE
 
 
 def story(c: Cure) -> str:
@@ -284,14 +284,14 @@ def story(c: Cure) -> str:
     ]
     if not treated:
         return " ".join([*text, "No remedy could be tried."])
-    if before["share"] >= HEALTHY_SHARE:
+    if before["fraction"] >= HEALTHY_SHARE:
         more = (
             f"; {best['remedy']} has a higher score, {best['score']:.3f}"
             if c.winner != UNTREATED
             else ""
         )
         return " ".join([*text, f"It trains as it is, and needs no cure{more}."])
-    if c.winner == UNTREATED or best["share"] <= before["share"]:
+    if c.winner == UNTREATED or best["fraction"] <= before["fraction"]:
         first = treated[0]
         text += [
             f"Nothing cured it: the best of {len(treated)} remedies, {first['remedy']}, has {_of(first)}."
@@ -302,13 +302,13 @@ def story(c: Cure) -> str:
         f"{word}: {best['remedy']} ({what(best['remedy'])}), with {_of(best)} and a mean score of {best['score']:.3f}"
         f"{_after(c)}."
     ]
-    good = [row["remedy"] for row in treated[1:] if row["share"] >= HEALTHY_SHARE]
-    part = [row for row in treated[1:] if before["share"] < row["share"] < HEALTHY_SHARE]
-    some = [f"{row['remedy']} ({row['share']:.0%})" for row in part]
+    good = [row["remedy"] for row in treated[1:] if row["fraction"] >= HEALTHY_SHARE]
+    part = [row for row in treated[1:] if before["fraction"] < row["fraction"] < HEALTHY_SHARE]
+    some = [f"{row['remedy']} ({row['fraction']:.0%})" for row in part]
     none = [
         row["remedy"]
         for row in treated[1:]
-        if row["share"] <= before["share"] and row["share"] < HEALTHY_SHARE
+        if row["fraction"] <= before["fraction"] and row["fraction"] < HEALTHY_SHARE
     ]
     text += [f"Also enough: {', '.join(good)}."] if good else []
     text += [f"Helped in part: {', '.join(some)}."] if some else []
@@ -322,7 +322,7 @@ def what(name: str) -> str:
 
 
 def _of(row: Mapping[str, Any]) -> str:
-    low, high = row["share_interval"]
+    low, high = row["fraction_interval"]
     return f"{row['trained']} of {row['seeds']} seeds (95% interval {low:.0%} to {high:.0%})"
 
 

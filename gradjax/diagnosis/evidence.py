@@ -147,7 +147,7 @@ def _special(kind: str) -> Callable:
     return stats.logits if kind == "softmax" else functools.partial(stats.flat, kind=kind)
 
 
-class Examination:
+class Measurement:
     """The program that measures one loss function, compiled once; call it with other parameters of
     the same shapes.
     """

@@ -13,7 +13,7 @@ import optax
 import xarray as xr
 
 from gradjax.diagnosis import dynamics, measurements, rules, words
-from gradjax.diagnosis.evidence import Evidence, Examination
+from gradjax.diagnosis.evidence import Evidence, Measurement
 from gradjax.diagnosis.rules import Finding
 from gradjax.report import files
 
@@ -131,7 +131,7 @@ def diagnose(
     """
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"diagnose: num_steps is {num_steps}; an integer of at least 1 is needed.")
-    examination = Examination(loss_fn, params, args, has_aux)
+    examination = Measurement(loss_fn, params, args, has_aux)
     evidence = examination()
     dynamics_seen, not_run = dynamics.examine(
         examination, args, has_aux, tx, opt_state, learning_rate, num_steps, history
@@ -174,7 +174,8 @@ def vote(seeds: Sequence[tuple[Finding, ...]]) -> tuple[Finding, ...]:
             middle = found[(len(found) - 1) // 2]
             out.append(
                 replace(
-                    middle, evidence=middle.evidence | {"share_of_seeds": len(found) / len(seeds)}
+                    middle,
+                    evidence=middle.evidence | {"fraction_of_seeds": len(found) / len(seeds)},
                 )
             )
     return tuple(rules.in_order(out))

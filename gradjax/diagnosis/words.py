@@ -23,10 +23,10 @@ def factor(nats: float) -> str:
 _WORDS = {
     "non_finite": "{place} holds inf or NaN ({cause}).",
     "exploding_activations": "The forward pass grows until {place}; the largest entry before it is {before}.",
-    "saturated_units": "{saturated_share:.0%} of the units of {place} are saturated ({activation}).",
-    "dead_units": "{dead_share:.0%} of the ReLU units of {place} are off for every example: no gradient passes them.",
+    "saturated_units": "{saturated_fraction:.0%} of the units of {place} are saturated ({activation}).",
+    "dead_units": "{dead_fraction:.0%} of the ReLU units of {place} are off for every example: no gradient passes them.",
     "symmetric_units": "All units of {place} have the same value, and will always have the same gradient.",
-    "rank_collapse": "From {place} on all {of} become one point (share of variance left: {share:.2g}).",
+    "rank_collapse": "From {place} on all {of} become one point (share of variance left: {fraction:.2g}).",
     "attention_logit_growth": "The attention logits of {place} spread by {logit_deviation:.3g}: a row sees one key.",
     "ill_conditioned_jacobian": "The weights of {place} pass less than a quarter of their directions.",
     "shattered_gradients": "Inputs 1% apart have gradients of cosine {cosine:.2f}: white noise, not a slope.",

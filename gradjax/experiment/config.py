@@ -86,8 +86,8 @@ def _excluded(experiment: Experiment) -> list[str]:
     """
     from gradjax.experiment import models, optimizers, pretraining  # they load jax
 
-    reasons = [models.refuses(experiment.model), pretraining.refuses(experiment)]
-    return reasons + optimizers.refuses(experiment.optimizer)
+    reasons = [models.check_compatible(experiment.model), pretraining.check_compatible(experiment)]
+    return reasons + optimizers.check_compatible(experiment.optimizer)
 
 
 def _unused(model: Model) -> list[str]:

@@ -96,10 +96,10 @@ def _numbers(name: str, spec: Any, generator: np.random.Generator) -> tuple[np.n
                 f"{wrong}; needed: low <= high, both finite, and low > 0 for scale = 'log'"
             )
         drawn = "draws" in spec
-        share = generator.random(count) if drawn else np.linspace(0, 1, count)
+        fraction = generator.random(count) if drawn else np.linspace(0, 1, count)
         if scale == "log":
-            return np.exp(math.log(low) + share * (math.log(high) - math.log(low))), drawn
-        return low + share * (high - low), drawn
+            return np.exp(math.log(low) + fraction * (math.log(high) - math.log(low))), drawn
+        return low + fraction * (high - low), drawn
     if isinstance(spec, str) or not isinstance(spec, Sequence | np.ndarray) or not len(spec):
         raise ConfigError(
             f"{wrong}; allowed: a list, or {{low, high, num, scale}}, or {{low, high, draws, scale}}"

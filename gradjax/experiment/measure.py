@@ -23,7 +23,7 @@ from jax import Array
 
 from gradjax.core.step import Scan, layer_jacobian
 from gradjax.diagnosis import measurements
-from gradjax.diagnosis.evidence import Evidence, Examination
+from gradjax.diagnosis.evidence import Evidence, Measurement
 from gradjax.experiment import models, tasks, training
 from gradjax.experiment.schema import Experiment, Model
 from gradjax.spectrum.jacobian import jacobian_spectrum
@@ -163,7 +163,7 @@ def _evidence(
         return variables.pop("params"), (variables, dropout_key, batch.x, batch.y)
 
     make = jax.jit(network)
-    examination = Examination(loss_fn, *make(keys[0], train))
+    examination = Measurement(loss_fn, *make(keys[0], train))
     found = [examination(*make(key, train)) for key in keys]
     rename = lambda layers: [
         replace(x, name=f"hidden_{i + 1}") if i < depth else x for i, x in enumerate(layers)

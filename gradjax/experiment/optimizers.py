@@ -59,9 +59,11 @@ def adam_uncorrected(
     """
     adam = optax.scale_by_adam(b1, b2)
     late = jnp.asarray(2**30, jnp.int32)
-    return optax.GradientTransformation(
-        lambda params: adam.init(params)._replace(count=late), adam.update
-    )  # type: ignore[arg-type]
+
+    def init(params):
+        return optax.tree.set(adam.init(params), count=late)
+
+    return optax.GradientTransformation(init, adam.update)
 
 
 def _muon(o: Optimizer) -> optax.GradientTransformation:
@@ -198,7 +200,7 @@ _NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def refuses(o: Optimizer) -> list[str]:
+def check_compatible(o: Optimizer) -> list[str]:
     """What of the settings means nothing to the others, or cannot go with them."""
     told = []
     for setting, (owner, useful) in _NEEDS.items():
@@ -222,7 +224,7 @@ def _step_decay(o: Optimizer, num_steps: int) -> optax.Schedule:
     """At a half and three quarters of the steps, as He et al. 2016 (arXiv 1512.03385, section
     4.2).
     """
-    boundaries = {round(share * num_steps): o.decay for share in (0.5, 0.75)}
+    boundaries = {round(fraction * num_steps): o.decay for fraction in (0.5, 0.75)}
     return transforms.piecewise_constant_schedule(o.learning_rate, boundaries)
 
 

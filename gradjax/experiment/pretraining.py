@@ -88,7 +88,7 @@ METHODS: dict[str, Callable | None] = {
 }
 
 
-def refuses(experiment: Any) -> str:
+def check_compatible(experiment: Any) -> str:
     """Why the network of a `gradjax.config.Experiment` cannot be pre-trained as asked; empty where
     it can.
     """
@@ -123,7 +123,7 @@ def pretrain(key: Array, variables: PyTree, data: Split, experiment: Any) -> PyT
     Raises:
       ValueError: a network that the method does not serve.
     """
-    if reason := refuses(experiment):
+    if reason := check_compatible(experiment):
         raise ValueError(reason)
     train, model, direction = experiment.train, experiment.model, METHODS[experiment.train.pretrain]
     assert direction is not None

@@ -78,15 +78,15 @@ def rule_for_lanes(experiment: Experiment, members: int) -> int:
 
     Measured on two cores (seeds x steps per second over PyTorch's): 784-256-10 is fastest at 1 lane, 20 x 128 at 4.
     """
-    share = math.ceil(members / (rule_for_workers(experiment) * jax.process_count()))
+    fraction = math.ceil(members / (rule_for_workers(experiment) * jax.process_count()))
     if jax.default_backend() != "cpu":
-        return share
+        return fraction
     if (
         experiment.model.name in CONVOLUTIONAL
     ):  # a seed costs 1.5 times as much among four (LeNet-5)
         return 1
     work = experiment.task.batch_size * experiment.model.width**2
-    return max(1, min(share, MAX_CPU_LANES, CPU_WORK // work))
+    return max(1, min(fraction, MAX_CPU_LANES, CPU_WORK // work))
 
 
 def free_memory() -> int:

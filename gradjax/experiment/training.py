@@ -254,8 +254,8 @@ def _train_step(
     variables = {"params": moved, **select(whole, dict(changed), rest)}
     new = State(variables, opt_state, state.key, state.count + 1, state.stopped_at)
     mine = f".{experiment.optimizer.clipping}/clipped"
-    shares = [jnp.ravel(value) for name, value in telemetry(opt_state).items() if mine in name]
-    clipped = jnp.mean(jnp.concatenate(shares)) if shares else jnp.full((), jnp.nan)
+    fractions = [jnp.ravel(value) for name, value in telemetry(opt_state).items() if mine in name]
+    clipped = jnp.mean(jnp.concatenate(fractions)) if fractions else jnp.full((), jnp.nan)
     log_norm = opt_state.telemetry["log2_norm"] * jnp.log(2.0).astype(jnp.float32)
     return new, (loss, score, log_norm, clipped)
 

@@ -41,7 +41,7 @@ class Alarm:
         self._since = self._bar = np.zeros(0)  # the step of leaving, and the limit that was passed
         self._told: set[tuple[Any, str]] = set()  # of this episode
 
-    def news(
+    def new_alerts(
         self, steps: list[int], rows: np.ndarray, alive: np.ndarray
     ) -> Iterator[tuple[int, int, str]]:
         """(step, lane, text) of what is new in some rows, which are remembered.
@@ -163,7 +163,7 @@ class Alarm:
             one = {"leaf": self.labels[at[1]], "quantity": QUANTITIES[at[0]]}
             one |= {
                 "out_since": int(since[at]) if since[at] >= 0 else None,
-                "share_of_limit": score[at],
+                "fraction_of_limit": score[at],
             }
             found.setdefault(one["leaf"], one | {"log2_norm": x[at], "log2_median": middle[at]})
         return list(found.values())[:_SUSPECTS]

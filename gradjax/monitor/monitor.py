@@ -283,7 +283,7 @@ class Monitor:
         self._steps.extend(steps[:end])
         self._losses.extend(losses[:end])
         self._rows.extend(rows[:end])
-        for at, lane, text in self._alarm.news(steps[:end], rows[:end], ~self._failed):
+        for at, lane, text in self._alarm.new_alerts(steps[:end], rows[:end], ~self._failed):
             self._warn(
                 at,
                 f"gradjax.Monitor: step {at}: {f'seed {lane}: ' if self._names.lanes else ''}{text}",

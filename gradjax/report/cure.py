@@ -71,14 +71,14 @@ def _ranking(ax: Axes, rows: Sequence[Mapping[str, Any]], colors: Mapping[str, s
     it.
     """
     y = np.arange(len(rows))[::-1]
-    share = np.array([row["share"] for row in rows])
-    low, high = np.array([row["share_interval"] for row in rows]).T
+    fraction = np.array([row["fraction"] for row in rows])
+    low, high = np.array([row["fraction_interval"] for row in rows]).T
     color = [colors.get(row["remedy"], "#b5b5b5") for row in rows]
-    ax.barh(y, share, color=color, height=0.7)
+    ax.barh(y, fraction, color=color, height=0.7)
     ax.errorbar(
-        share,
+        fraction,
         y,
-        xerr=np.clip([share - low, high - share], 0, None),
+        xerr=np.clip([fraction - low, high - fraction], 0, None),
         fmt="none",
         ecolor="black",
         lw=0.9,

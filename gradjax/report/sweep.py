@@ -69,13 +69,13 @@ def _plane_panel(
     """A heat map; the loss on a log scale, cut at ten times that of guessing nothing."""
     from matplotlib.colors import LogNorm
 
-    grid, share = values.transpose(*dims).values.astype(float), name.startswith("Share")
+    grid, fraction = values.transpose(*dims).values.astype(float), name.startswith("Share")
     options: dict[str, Any] = {
         "vmin": 0,
         "vmax": 1,
         "cmap": "viridis" if "trained" in name else "magma_r",
     }
-    if not share:
+    if not fraction:
         known = grid[np.isfinite(grid) & (grid > 0)]
         low = known.min() if known.size else 0.1
         high = min(known.max() if known.size else 1.0, 1e3 * low)

@@ -32,7 +32,7 @@ import numpy as np
 from jax import Array
 
 from gradjax.core.activations import resolve
-from gradjax.theory.gaussian import REACH, arms, density, derivative
+from gradjax.theory.gaussian import REACH, graded_nodes, density, derivative
 
 ODD = ("linear", "tanh", "hard_tanh", "erf")
 
@@ -86,7 +86,7 @@ def _moments(activation: str, depth: int, residual: bool, w2, b2, scale2, q, c) 
     def layer(state, first):
         q, c, p, shared = state
         s = jnp.sqrt(q)
-        z, w = arms(
+        z, w = graded_nodes(
             jnp.asarray(act.kinks or (0.0,), q.dtype) / s,
             jnp.minimum(1 / s, 1.0),
             -REACH,
@@ -161,9 +161,9 @@ def _along(m: dict[str, np.ndarray], model: Any, size: int, gamma2: float) -> li
     gain = np.where(plain, np.log(chi), np.log1p(chi))
     a, a2 = e1 / e * plain, (e2 / e - (e1 / e) ** 2) * plain  # derivatives of log chi along log q
     r, r2 = f1 / f, f2 / f - (f1 / f) ** 2  # of log E f
-    share, weight = (m["q"] - b2) / m["q"] * plain, w2 * f / (w2 * f + b2) * plain
+    fraction, weight = (m["q"] - b2) / m["q"] * plain, w2 * f / (w2 * f + b2) * plain
     slope, bend = weight * r, weight * f2 / f - (weight * r) ** 2  # of log V
-    radius = orthogonal * share**2 / n  # what the fixed norm of W x takes away
+    radius = orthogonal * fraction**2 / n  # what the fixed norm of W x takes away
     length_pull, growth_pull = radius * f3 / f, radius * e3 / e
 
     gammas = np.empty(depth)
@@ -197,9 +197,11 @@ def _along(m: dict[str, np.ndarray], model: Any, size: int, gamma2: float) -> li
     )
     for l in range(depth):
         v = lengths[0, l]
-        expected[l] += a[l] * drift + a2[l] * v / 2 + 2 * share[l] * (cos2 - orthogonal / n) * a[l]
+        expected[l] += (
+            a[l] * drift + a2[l] * v / 2 + 2 * fraction[l] * (cos2 - orthogonal / n) * a[l]
+        )
         activation[l] += (r[l] * drift + r2[l] * v / 2) * plain[l]
-        cos2 = share[l] * m["tilt"][l] * (cos2 - orthogonal / n) + m["single"][l, 0, 1] / n
+        cos2 = fraction[l] * m["tilt"][l] * (cos2 - orthogonal / n) + m["single"][l, 0, 1] / n
         drift = slope[l] * drift + bend[l] * v / 2 - weight[l] * (own[2, l] / 2 + length_pull[l])
         lengths[:, l + 1] = slope[l] ** 2 * lengths[:, l] + weight[l] ** 2 * both[:, 2, l]
     spread = plain * (r**2 * lengths[:, :-1] + both[:, 2])

@@ -28,7 +28,9 @@ def derivative(phi: Phi) -> Phi:
     return lambda x: jax.jvp(phi, (x,), (jnp.ones_like(x),))[1]
 
 
-def arms(cuts: Array, scale: Array, low: float, high: float, nodes: int) -> tuple[Array, Array]:
+def graded_nodes(
+    cuts: Array, scale: Array, low: float, high: float, nodes: int
+) -> tuple[Array, Array]:
     """Nodes and weights of an integral over [low, high]: from each cut one arm to either side, up
     to half way.
 
@@ -85,7 +87,7 @@ def gaussian_mean(f: Phi, q: Array, kinks: Sequence[float] = (), nodes: int = 48
     q = jnp.asarray(q)
     s = root(q)
     cuts = jnp.stack([jnp.asarray(k, q.dtype) / s for k in (kinks or (0.0,))])
-    z, w = arms(cuts, jnp.minimum(1.0 / s, 1.0), -REACH, REACH, nodes)
+    z, w = graded_nodes(cuts, jnp.minimum(1.0 / s, 1.0), -REACH, REACH, nodes)
     terms = w * density(z) * f(s * z)
     edge = jnp.asarray([-REACH, REACH], q.dtype)
     vanishes = jnp.max(jnp.abs(density(edge) * f(s * edge))) <= 1e-7 * jnp.sum(jnp.abs(terms))
@@ -117,7 +119,9 @@ def _difference_nodes(
     """
     scale = 2 * jnp.sqrt(0.5 * p) * root(q)
     gaps = [0.0] + [k - other for k in kinks for other in kinks if k > other]
-    y, w = arms(jnp.asarray(gaps, q.dtype) / scale, jnp.minimum(2 / scale, 1.0), 0.0, REACH, nodes)
+    y, w = graded_nodes(
+        jnp.asarray(gaps, q.dtype) / scale, jnp.minimum(2 / scale, 1.0), 0.0, REACH, nodes
+    )
     y, w = y[nodes:], w[nodes:]  # left of 0 there is nothing
     return y, 2 * w * density(y)
 
@@ -133,7 +137,7 @@ def _over_sum(
 
     def mean(y):
         cuts = jnp.concatenate([(k - b * y) / a, (sign * k + b * y) / a])
-        x, w = arms(cuts, jnp.minimum(1 / (a * s), 1.0), -REACH, REACH, nodes)
+        x, w = graded_nodes(cuts, jnp.minimum(1 / (a * s), 1.0), -REACH, REACH, nodes)
         return jnp.sum(w * density(x) * f(s * (a * x + b * y), sign * s * (a * x - b * y)))
 
     return jax.vmap(mean)
@@ -171,7 +175,7 @@ def _pair(f: Phi, act: Activation, q: Array, c: Array, split: bool) -> Array:
         crossings = jnp.stack(
             [k[i] - sign * k[j] for i in range(len(kinks)) for j in range(len(kinks))]
         )
-        y, w = arms(
+        y, w = graded_nodes(
             0.5 * crossings / scale, jnp.minimum(1 / scale, 1.0), -REACH, REACH, act.pair_nodes[1]
         )
         w = w * density(y)

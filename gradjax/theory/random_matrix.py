@@ -358,13 +358,13 @@ def product_density(
 
     def inverse(u: Array) -> tuple[Array, Array]:
         w = jnp.exp(u)
-        share = p_c / (1 - d * w)
-        a, b = jnp.sum(d * share), jnp.sum(share)
+        fraction = p_c / (1 - d * w)
+        a, b = jnp.sum(d * fraction), jnp.sum(fraction)
         if free:
             return power * jnp.log(a) + jnp.log(b) - u, b
         # beside the pole w = 1 both times 1 - w; and a / b before its logarithm, as both arguments
         # may lie next to pi
-        near = jnp.where(values == top, p_c, share * (1 - w))
+        near = jnp.where(values == top, p_c, fraction * (1 - w))
         ratio = jnp.where(jnp.abs(1 - w) < 0.5, jnp.sum(d * near) / jnp.sum(near), a / b)
         return power * jnp.log(ratio) - u, b
 

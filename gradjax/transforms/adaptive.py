@@ -141,8 +141,8 @@ def autoclip(
         low = jnp.floor(rank).astype(jnp.int32)
         at = lambda i: Norm(mantissa[i], exponent[i])
         below, above = at(low), at(jnp.minimum(low + 1, filled - 1))
-        share = scale.of_number(rank - low.astype(rank.dtype), rank.dtype)
-        return scale.plus(below, scale.times(scale.minus(above, below), share)), memory
+        fraction = scale.of_number(rank - low.astype(rank.dtype), rank.dtype)
+        return scale.plus(below, scale.times(scale.minus(above, below), fraction)), memory
 
     return by_history("autoclip", lambda dtype: _empty_window(window, dtype), step)
 
@@ -404,11 +404,11 @@ def spam(
             kept = _where(over, limit, size)
             parts = [scale.times(moment, number(decay)), scale.times(kept, number(1 - decay))]
             new = scale.normal(scale.combine(parts))
-            share = jnp.mean(over.astype(jnp.float32)) if x.size else jnp.zeros((), jnp.float32)
+            fraction = jnp.mean(over.astype(jnp.float32)) if x.size else jnp.zeros((), jnp.float32)
             return (
                 out,
                 scale.log2(layer_norm(size, False)),
-                share,
+                fraction,
                 _where(_known(size), new, moment),
             )
 
@@ -421,12 +421,14 @@ def spam(
         start = inner.init(updates if params is None else params)
         result, state = inner.update(out, _where(is_reset, start, memory["inner"]), params)
         turn = jnp.pi * after.astype(jnp.float32) / (jnp.asarray(warmup_steps, jnp.float32) + 1)
-        share = jnp.where(
+        fraction = jnp.where(
             (count >= reset_every) & (after < warmup_steps), 1 - 0.495 * (1 + jnp.cos(turn)), 1.0
         )
-        result = jax.tree.map(lambda x: jnp.where(share == 1, x, x * share.astype(x.dtype)), result)
+        result = jax.tree.map(
+            lambda x: jnp.where(fraction == 1, x, x * fraction.astype(x.dtype)), result
+        )
         memory = {"inner": state, "root_moment": [row[3] for row in done], "count": count + 1}
-        extra = {"reset": is_reset.astype(jnp.int32), "warmup": share}
+        extra = {"reset": is_reset.astype(jnp.int32), "warmup": fraction}
         return Outcome(result, log2_norm, clipped, memory, extra)
 
     return rule("spam", update, init)

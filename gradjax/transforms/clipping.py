@@ -133,9 +133,13 @@ def by_group(
         done = []
         for x, flag, size, param in zip(leaves, flags, sizes, of_params, strict=True):
             out, over = limit_to(x, size, limit(x, param))
-            share = layer_rows(over.astype(jnp.float32), flag)
-            share = jnp.mean(share, axis=-1) if x.size else jnp.zeros(share.shape[:-1], jnp.float32)
-            done.append((out, scale.log2(layer_norm(size, flag)), share))
+            fraction = layer_rows(over.astype(jnp.float32), flag)
+            fraction = (
+                jnp.mean(fraction, axis=-1)
+                if x.size
+                else jnp.zeros(fraction.shape[:-1], jnp.float32)
+            )
+            done.append((out, scale.log2(layer_norm(size, flag)), fraction))
         return Outcome(*columns(structure, done, 3))
 
     return rule(name, update)
@@ -319,9 +323,11 @@ def prune_gradients(
       Aji, Heafield 2017, Sparse communication for distributed gradient descent, arXiv 1704.05021 (the smallest,
       without their residual).
     """
-    jax.tree.map(lambda share: check_number("prune_gradients: sparsity", share, 0.0, 1.0), sparsity)
+    jax.tree.map(
+        lambda fraction: check_number("prune_gradients: sparsity", fraction, 0.0, 1.0), sparsity
+    )
 
-    def one(x, share, is_stacked, size):
+    def one(x, fraction, is_stacked, size):
         shape = x.shape[:1] if is_stacked else ()
         if not x.size:
             return x, jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
@@ -338,7 +344,7 @@ def prune_gradients(
         place = jnp.broadcast_to(jnp.arange(rows.shape[-1]), rows.shape)
         order = jax.lax.sort((exponent, mantissa, place), num_keys=3)[2]
         rank = jnp.argsort(order, axis=-1)
-        number = jnp.round(jnp.asarray(share, jnp.float32) * rows.shape[-1]).astype(jnp.int32)
+        number = jnp.round(jnp.asarray(fraction, jnp.float32) * rows.shape[-1]).astype(jnp.int32)
         dropped = rank >= rows.shape[-1] - number if largest else rank < number
         out = jnp.where(dropped, jnp.zeros((), x.dtype), rows).reshape(x.shape)
         return out, whole, jnp.mean(dropped.astype(jnp.float32), axis=-1)
@@ -348,7 +354,7 @@ def prune_gradients(
         flags = jax.tree.leaves(stacked_leaves(stacked, updates))
         try:
             spread = jax.tree.map(
-                lambda share, branch: jax.tree.map(lambda _: share, branch), sparsity, updates
+                lambda fraction, branch: jax.tree.map(lambda _: fraction, branch), sparsity, updates
             )
         except ValueError as error:
             raise ValueError(

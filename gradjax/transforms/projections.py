@@ -69,13 +69,13 @@ def projection(
         where = jnp.broadcast_to(where, p.shape)
         axes = layer_axes(p, is_stacked)
         size = scale.log2(scale.array_norm(point, axes))
-        share = (
+        fraction = (
             jnp.mean(where.astype(jnp.float32), axis=axes)
             if p.size
             else jnp.zeros(p.shape[: int(is_stacked)])
         )
         step = jnp.where(where, (projected - p).astype(u.dtype), u)
-        return step, size.reshape(size.shape[: int(is_stacked)]), share, memory
+        return step, size.reshape(size.shape[: int(is_stacked)]), fraction, memory
 
     def init(params):
         flags = jax.tree.leaves(stacked_leaves(stacked, params))
@@ -257,7 +257,9 @@ def add_l1(strength: Number) -> optax.GradientTransformationExtraArgs:
                 "add_l1: it adds the sign of the parameters; call update(grads, state, params)."
             )
         add = lambda g, p: g + jnp.asarray(strength, g.dtype) * jnp.sign(p).astype(g.dtype)
-        share = jnp.zeros((), jnp.float32)
-        return Outcome(jax.tree.map(add, updates, params), scale.log2(scale.norm(updates)), share)
+        fraction = jnp.zeros((), jnp.float32)
+        return Outcome(
+            jax.tree.map(add, updates, params), scale.log2(scale.norm(updates)), fraction
+        )
 
     return rule("add_l1", update)

@@ -41,7 +41,7 @@ class RuleState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Figures:
+class TelemetryBuffer:
     """Many scalars of the last measured steps as one array: a step that returns each by itself pays
     for each.
 
@@ -157,7 +157,7 @@ def telemetry(opt_state: PyTree) -> dict[str, Array]:
             continue
         position = ".".join(part for part in map(_part, path) if part) or "0"
         for field, tree in node.telemetry.items():
-            if isinstance(tree, Figures):
+            if isinstance(tree, TelemetryBuffer):
                 found.update(
                     {
                         f"{position}.{node.rule}/{name}": value

@@ -27,7 +27,7 @@ def _float(x: Any) -> Array:
     return jnp.asarray(x).astype(jnp.result_type(float))
 
 
-def _share(count: Any, steps: Any) -> Array:
+def _fraction(count: Any, steps: Any) -> Array:
     """count / steps in [0, 1]; 1 from the start for 0 steps."""
     steps = _float(steps)
     return jnp.where(steps > 0, jnp.clip(_float(count) / jnp.maximum(steps, 1), 0, 1), 1)
@@ -68,11 +68,11 @@ def warmup_cosine_decay_schedule(
 
     def schedule(count):
         first, peak, last = map(_float, (init_value, peak_value, end_value))
-        rising = first + (peak - first) * _share(count, warmup_steps)
+        rising = first + (peak - first) * _fraction(count, warmup_steps)
         cosine = 0.5 * (
             1
             + jnp.cos(
-                jnp.pi * _share(_float(count) - _float(warmup_steps), decay_steps - warmup_steps)
+                jnp.pi * _fraction(_float(count) - _float(warmup_steps), decay_steps - warmup_steps)
             )
         )
         falling = jnp.where(

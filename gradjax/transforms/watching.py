@@ -35,7 +35,7 @@ import optax
 from jax import Array, lax
 
 from gradjax.core import scale
-from gradjax.transforms.rule import Figures, RuleState, Stacked, stacked_leaves
+from gradjax.transforms.rule import TelemetryBuffer, RuleState, Stacked, stacked_leaves
 from gradjax.transforms.wrapping import Inside, count_of
 
 PyTree = Any
@@ -99,7 +99,9 @@ def watch(
 
     def init_fn(params):
         row = jax.eval_shape(lambda: measure(params, params, params)[0])
-        figures = Figures(jnp.zeros((keep, *row.shape), row.dtype), FIELDS, names(params), every)
+        figures = TelemetryBuffer(
+            jnp.zeros((keep, *row.shape), row.dtype), FIELDS, names(params), every
+        )
         marks = {
             "first_bad_leaf": count_of(-1),
             "first_bad_step": count_of(-1),
@@ -135,7 +137,7 @@ def watch(
             "first_bad_step": jnp.where(first, old["count"], old["first_bad_step"]),
             "count": old["count"] + 1,
         }
-        figures = Figures(rows, FIELDS, old["figures"].leaves, every)
+        figures = TelemetryBuffer(rows, FIELDS, old["figures"].leaves, every)
         return out, RuleState({"figures": figures} | marks, Inside(inner_state), "watch")
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]

@@ -187,11 +187,13 @@ def plot(ds: xr.Dataset) -> Figure:
     log10 = ds["log_sigma"].values / np.log(10)
     edges = np.linspace(-8, 5, 79)
     for kind, values, colour in zip(SPECTRA, log10, COLOURS[1:4], strict=True):
-        share = np.histogram(np.clip(values, -8, 5), edges)[0] / values.size
-        hist.stairs(share, edges, fill=True, alpha=0.6, color=colour, label=LABELS.get(kind, kind))
+        fraction = np.histogram(np.clip(values, -8, 5), edges)[0] / values.size
+        hist.stairs(
+            fraction, edges, fill=True, alpha=0.6, color=colour, label=LABELS.get(kind, kind)
+        )
     hist.set(
         xlabel=r"$\log_{10}$ singular value of $dh_L/dh_0$",
-        ylabel="share",
+        ylabel="fraction",
         yscale="log",
         title="the Jacobian",
     )

@@ -77,7 +77,7 @@ def plot(ds: xr.Dataset) -> Figure:
     angle = np.linspace(0, 2 * math.pi, 200)
     image = None
     for row, name in enumerate(("gaussian", "orthogonal")):
-        share = in_bin(ds, name).mean(0)
+        fraction = in_bin(ds, name).mean(0)
         for column, factors in enumerate(FACTORS):
             x, y = (
                 ds[f"{name}_{part}"].sel(factors=factors).values.ravel()
@@ -92,7 +92,7 @@ def plot(ds: xr.Dataset) -> Figure:
             ax.plot(np.cos(angle), np.sin(angle), "--", color="w", lw=0.7)
             ax.set_aspect("equal")
             kind = name.replace("gauss", "Gauss")
-            ax.set_title(f"{factors} {kind}: {100 * share[column]:.1f}% at 0", fontsize=9)
+            ax.set_title(f"{factors} {kind}: {100 * fraction[column]:.1f}% at 0", fontsize=9)
         axes[row, 0].set_ylabel("Im $z$")
     for ax in axes[-1]:
         ax.set_xlabel("Re $z$")

@@ -211,10 +211,13 @@ def plot(ds: xr.Dataset) -> Figure:
     edges = np.linspace(-6.05, 1.55, 77)
     for name, colour in zip(KERNELS[::-1], (GREY, COLOURS[0]), strict=True):
         logs = ds["log_sigma"].sel(kernel=name).values / np.log(10)
-        share = np.histogram(np.clip(logs, edges[0], edges[-1]), edges)[0] / logs.size
-        spectrum.stairs(share, edges, fill=True, color=colour, alpha=0.8, label=name)
+        fraction = np.histogram(np.clip(logs, edges[0], edges[-1]), edges)[0] / logs.size
+        spectrum.stairs(fraction, edges, fill=True, color=colour, alpha=0.8, label=name)
     spectrum.set(
-        yscale="log", xlabel=r"$\log_{10}$ singular value", ylabel="share", title="linear network"
+        yscale="log",
+        xlabel=r"$\log_{10}$ singular value",
+        ylabel="fraction",
+        title="linear network",
     )
     mean, error = grown(ds)
     for i, b2 in enumerate(ds["sigma_b2"].values):

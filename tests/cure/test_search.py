@@ -67,7 +67,9 @@ def test_ranking_goes_by_share_then_score_then_stability_then_cost():
 
 def test_rows_have_wilsons_and_students_intervals():
     row = search.ranked({"a": made_up([True] * 8, np.linspace(0.9, 1.0, 8))})[0]
-    assert row["share_interval"] == pytest.approx([0.6756, 1.0], abs=1e-4)  # Wilson 1927 for 8 of 8
+    assert row["fraction_interval"] == pytest.approx(
+        [0.6756, 1.0], abs=1e-4
+    )  # Wilson 1927 for 8 of 8
     half = 2.3646 * np.std(np.linspace(0.9, 1.0, 8), ddof=1) / 8**0.5  # t of 7 degrees of freedom
     assert row["score_interval"] == pytest.approx([0.95 - half, 0.95 + half], rel=1e-4)
 

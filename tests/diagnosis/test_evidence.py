@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 import gradjax
-from gradjax.diagnosis.evidence import Examination
+from gradjax.diagnosis.evidence import Measurement
 from gradjax.experiment import config, models
 from gradjax.taps import statistics as stats
 
@@ -93,7 +93,7 @@ def test_evidence_agrees_with_signals_beyond_the_range_of_float32(activation, si
     variables = model.init(jax.random.key(0), x)
     of_logits = lambda logits: jnp.mean(logits)
     signals = gradjax.signals(model.links(variables, x)[1], x, loss=of_logits)
-    evidence = Examination(
+    evidence = Measurement(
         lambda p, x: of_logits(model.apply({"params": p}, x)), variables["params"], (x,)
     )()
     assert evidence.hidden == depth

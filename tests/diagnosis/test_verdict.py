@@ -155,7 +155,7 @@ def test_a_finding_of_half_of_the_seeds_stays_and_a_broken_seed_always():
     assert names(sick, well, well) == []
     assert names(well, well, broken) == ["non_finite"]
     kept = verdict.vote([found(e) for e in (sick, sick, well)])[0]
-    assert kept.evidence["share_of_seeds"] == 2 / 3
+    assert kept.evidence["fraction_of_seeds"] == 2 / 3
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=12))

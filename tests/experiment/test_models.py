@@ -332,8 +332,8 @@ def test_tailored_slopes_are_the_published_ones():
 def test_dropout_keeps_the_mean_and_drops_its_share(key):
     h = jnp.ones(100_000)
     out = Dropout(0.3).apply({}, h, rngs={"dropout": key})
-    share = float(jnp.mean(out == 0))
-    assert abs(share - 0.3) < 3 * (0.3 * 0.7 / 1e5) ** 0.5
+    fraction = float(jnp.mean(out == 0))
+    assert abs(fraction - 0.3) < 3 * (0.3 * 0.7 / 1e5) ** 0.5
     np.testing.assert_allclose(out[out > 0], 1 / 0.7, rtol=1e-6)
 
 

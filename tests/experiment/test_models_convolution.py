@@ -18,7 +18,7 @@ from gradjax.experiment.models.convolution import (
     direct,
     neighbours,
     pool,
-    shares,
+    blocks_per_stage,
     tiled,
 )
 from gradjax.experiment.tasks.graphs import communities
@@ -264,7 +264,12 @@ def test_derivative_of_pooling(key):
 
 
 def test_stages():
-    assert [shares(depth) for depth in (1, 2, 3, 8)] == [[1], [1, 1], [1, 1, 1], [3, 3, 2]]
+    assert [blocks_per_stage(depth) for depth in (1, 2, 3, 8)] == [
+        [1],
+        [1, 1],
+        [1, 1, 1],
+        [3, 3, 2],
+    ]
 
 
 @pytest.mark.slow

@@ -209,14 +209,14 @@ def test_settings_that_mean_nothing_are_refused():
         ({"order": "random"}, "choose one of coordinate"),
         ({"name": "lbfgs", "guard": "spam"}, "'lbfgs' has none"),
     ):
-        assert words in "\n".join(optimizers.refuses(Optimizer(**values)))
+        assert words in "\n".join(optimizers.check_compatible(Optimizer(**values)))
         table = {f"optimizer.{k}": v for k, v in values.items()} | {"train.full_batch": True}
         with pytest.raises(config.ConfigError):
             config.check(config.replace(config.Experiment(), table))
     fine = Optimizer(
         name="adam", momentum=0.8, b2=0.9, clipping="clip", max_norm=0.5, schedule="step", decay=0.5
     )
-    assert optimizers.refuses(fine) == [] == optimizers.refuses(Optimizer())
+    assert optimizers.check_compatible(fine) == [] == optimizers.check_compatible(Optimizer())
 
 
 @pytest.mark.parametrize("name", optimizers.SCHEDULES)
@@ -229,8 +229,8 @@ def test_schedules_rise_through_the_warm_up_and_end_where_they_say(name):
         jnp.array([1.0, 2.0]), jnp.array([0.1, 0.0]), jnp.array([0.25, 0.25])
     )
     np.testing.assert_allclose(values[0, 10:], values[1, 10:] / 2, rtol=1e-5)
-    share = jnp.arange(1, 10) / 10
-    np.testing.assert_allclose(values[0, :9], values[1, :9] / 2 * share, rtol=1e-5)
+    fraction = jnp.arange(1, 10) / 10
+    np.testing.assert_allclose(values[0, :9], values[1, :9] / 2 * fraction, rtol=1e-5)
     ends = {"constant": 1.0, "plateau": 1.0, "cosine": 0.25, "exponential": 0.25, "step": 0.0625}
     assert name not in ends or np.isclose(values[0, -1], ends[name], rtol=1e-5)
 

@@ -185,7 +185,7 @@ def test_networks_that_it_cannot_serve_are_refused(settings, reason, digits):
         training.init(jax.random.key(0), {}, digits, training.problem_of(e, digits))
     config.check(config.replace(e, {"train.pretrain": "none"}))
     other = type("Model", (), {"name": "lenet5"})()
-    assert "'lenet5' is not" in pretraining.refuses(
+    assert "'lenet5' is not" in pretraining.check_compatible(
         type("E", (), {"train": e.train, "model": other})()
     )
 

@@ -80,14 +80,14 @@ def test_what_cannot_be_loaded_is_refused(key):
         tasks.fetch("Fashion-MNIST")
     with pytest.raises(ValueError, match="'zscore' is unknown; known: standard, none"):
         tasks.load("digits", key, normalize="zscore")
-    for shares in (
+    for fractions in (
         {"validation": 0.5, "test": 0.5},
         {"validation": -0.1},
         {"test": float("nan")},
         {"test": 1.0},
     ):
         with pytest.raises(ValueError, match="nothing to train on"):
-            tasks.load("digits", key, **shares)
+            tasks.load("digits", key, **fractions)
     with pytest.raises(ValueError, match="leave none of the 1797"):
         tasks.load("digits", key, validation=0.9999, test=0.0)
 

@@ -84,10 +84,10 @@ def test_temporal_order_is_the_order_of_its_two_symbols(key):
     # four classes of 1000 each: three standard deviations are 82
     assert np.abs(np.bincount(y) - 1000).max() < 110
     # no distractor tells of the class
-    share = np.stack(
+    fraction = np.stack(
         [np.bincount(steps[y == c].ravel(), minlength=6)[2:] / (y == c).sum() for c in range(4)]
     )
-    np.testing.assert_allclose(share, 38 / 4, rtol=0.03)
+    np.testing.assert_allclose(fraction, 38 / 4, rtol=0.03)
 
 
 def test_keywords_are_told_apart_by_their_spectra_and_not_by_their_onset(key):

@@ -409,8 +409,10 @@ def rows_of(x):
 def alarms(x, window=64):
     alarm = Alarm(window, 6.0, 2.0)
     alarm.labels = ["w"]
-    news = [alarm.news([i], row[None], np.ones(1, bool)) for i, row in enumerate(rows_of(x))]
-    return [step for each in news for step, _, text in each if "gradient" in text]
+    new_alerts = [
+        alarm.new_alerts([i], row[None], np.ones(1, bool)) for i, row in enumerate(rows_of(x))
+    ]
+    return [step for each in new_alerts for step, _, text in each if "gradient" in text]
 
 
 def test_the_rule_is_its_formula():

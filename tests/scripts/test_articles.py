@@ -33,7 +33,7 @@ def run(test: float, trained: bool = False, steps: int = 100, rate: float = 0.1)
 
 
 def test_share_is_wilsons_interval():
-    row = articles.share("x", np.array([True] * 8))
+    row = articles.fraction("x", np.array([True] * 8))
     assert (row.value, row.high) == (1.0, 1.0)
     assert row.low == pytest.approx(8 / (8 + 1.959964**2), rel=1e-6)  # n / (n + z^2) for n of n
 

@@ -65,8 +65,8 @@ TABLE = [
     ),
     ("formula 7", "pi / (pi - 1) as B grows", lambda: meanfield.batchnorm_growth(1e8), "1.46694"),
     ("formula 8", "beta n of one ReLU layer", lambda: 64 * rm.norm_moments([64]).beta, "5.000000"),
-    ("formula 11", "share of 5 factors in Saxe's bin, %", lambda: 100 * share(5), "32"),
-    ("formula 11", "share of 100 factors in Saxe's bin, %", lambda: 100 * share(100), "94"),
+    ("formula 11", "share of 5 factors in Saxe's bin, %", lambda: 100 * fraction(5), "32"),
+    ("formula 11", "share of 100 factors in Saxe's bin, %", lambda: 100 * fraction(100), "94"),
 ]
 
 
@@ -81,7 +81,7 @@ def point(w2):
     return meanfield.phase_diagram(w2**0.5, B2)._asdict()
 
 
-def share(factors):
+def fraction(factors):
     return rm.ginibre_product_cdf(math.sqrt(0.01 / math.pi), factors)
 
 

@@ -199,8 +199,8 @@ def test_a_loss_that_holds_a_gradient(weights, report):
 
 
 def branches(ws, x, index):
-    arms = [lambda h, i=i: layer(tap, h, ws[i], f"{i}") for i in range(3)]
-    return mean_square(layer(tap, lax.switch(index, arms, x), ws[3], "3"))
+    graded_nodes = [lambda h, i=i: layer(tap, h, ws[i], f"{i}") for i in range(3)]
+    return mean_square(layer(tap, lax.switch(index, graded_nodes, x), ws[3], "3"))
 
 
 @pytest.mark.parametrize("index", [0, 2])

@@ -377,7 +377,7 @@ def spectra(rng, weights, lanes, depth, n, q, phi):
     )
 
 
-def expected_shares(curve, edges):
+def expected_fractions(curve, edges):
     """Share of the spectrum below each edge (log lambda), atoms included."""
     cumulative = np.concatenate(
         [[0], np.cumsum(np.diff(curve.log_lambda) * (curve.density[1:] + curve.density[:-1]) / 2)]
@@ -399,9 +399,9 @@ def test_density_against_simulation(phi, weights):
     louder = density(phi, q, depth, weights, 1.01 * sigma)[1]
     if phi is ERF:  # shares of the histogram
         grid = np.linspace(-12, 3, 4000)
-        edges = np.interp([0.1, 0.3, 0.5, 0.7], expected_shares(curve, grid), grid)
-        shares = (found[:, :, None] < edges).mean(1)
-        p = lambda curve: p_value(shares, expected_shares(curve, edges))
+        edges = np.interp([0.1, 0.3, 0.5, 0.7], expected_fractions(curve, grid), grid)
+        fractions = (found[:, :, None] < edges).mean(1)
+        p = lambda curve: p_value(fractions, expected_fractions(curve, edges))
     else:  # shares near zero lag: the least of L ranks lies O(N^(1/2)) below p N. So the second moment, and the atom
         second = np.exp(2 * found).mean(1)[:, None]
         p = lambda curve: p_value(second, [moment(curve, lambda x: x**2)])
@@ -479,9 +479,9 @@ def test_norm_moments_against_relu_networks():
 
 
 def test_ginibre_products():
-    share = lambda k: float(rm.ginibre_product_cdf(math.sqrt(0.01 / math.pi), k))
-    assert round(100 * share(5)) == 32 and round(100 * share(100)) == 94
-    assert share(5) == pytest.approx((0.01 / math.pi) ** 0.2, rel=1e-14)
+    fraction = lambda k: float(rm.ginibre_product_cdf(math.sqrt(0.01 / math.pi), k))
+    assert round(100 * fraction(5)) == 32 and round(100 * fraction(100)) == 94
+    assert fraction(5) == pytest.approx((0.01 / math.pi) ** 0.2, rel=1e-14)
     rng, radii = np.random.default_rng(6), np.array([0.1, 0.3, 0.6])
     found = []
     for _ in range(30):

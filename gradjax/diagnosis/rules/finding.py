@@ -188,7 +188,7 @@ def depth_growth(e: Evidence) -> Growth | None:
     return growth(c, e.size[hidden(e)], fans(e))
 
 
-def share_of(layers: Sequence, test: Callable) -> float:
+def fraction_of(layers: Sequence, test: Callable) -> float:
     """The share of the layers with weights that pass a test."""
     weighing = [layer for layer in layers if layer.weighs]
     return sum(map(test, weighing)) / max(len(weighing), 1)

@@ -18,7 +18,7 @@ from gradjax.diagnosis.rules.finding import (
     guilty_run,
     hidden,
     layer_place,
-    share_of,
+    fraction_of,
     weight_scale,
     where,
 )
@@ -55,18 +55,20 @@ def gradient_growth(e: Evidence) -> list[Finding]:
 def _why_exploding(e: Evidence, run: slice) -> str:
     layers, a = e.layers[run], e.log_activation[run]
     per_layer = (a[-1] - a[0]) / max(len(a) - 1, 1)
-    if share_of(layers, lambda x: x.norm == "batch") > 0.5 and per_layer < 0.5:
+    if fraction_of(layers, lambda x: x.norm == "batch") > 0.5 and per_layer < 0.5:
         return "batchnorm"
-    if share_of(layers, lambda x: x.skip) > 0.5 and not share_of(layers, lambda x: bool(x.norm)):
+    if fraction_of(layers, lambda x: x.skip) > 0.5 and not fraction_of(
+        layers, lambda x: bool(x.norm)
+    ):
         return "unscaled_residual"
-    if share_of(layers, lambda x: x.norm == "layer") > 0.5:
+    if fraction_of(layers, lambda x: x.norm == "layer") > 0.5:
         return "normalized_chaos"
     return "weights_too_large"
 
 
 def _why_vanishing(e: Evidence, run: slice) -> str:
     layers = e.layers[run]
-    if share_of(layers, lambda x: x.post_norm) > 0.5:
+    if fraction_of(layers, lambda x: x.post_norm) > 0.5:
         return "layernorm_placement"
     slopes = [a for a, _ in e.activations if a.site.kind == "logistic" and a.on_chain]
     weights = [w for layer in layers for w in [weight_scale(e, layer)] if w is not None]
@@ -141,7 +143,8 @@ def activation_growth(e: Evidence) -> list[Finding]:
     first, _ = guilty_run(rises)
     evidence = found.evidence(len(a) - 1)
     skips = (
-        share_of(layers, lambda x: x.skip) > 0.5 and share_of(layers, lambda x: bool(x.norm)) < 0.5
+        fraction_of(layers, lambda x: x.skip) > 0.5
+        and fraction_of(layers, lambda x: bool(x.norm)) < 0.5
     )
     if found.nats > 0 and skips:
         name, cause = "residual_growth", "unscaled_residual"

@@ -138,10 +138,10 @@ def clipping(d: Dynamics) -> list[Finding]:
     out = []
     if d.log_norms is not None and len(d.log_norms) >= 10 and np.isfinite(d.log_norms).all():
         for limit in d.max_norms:
-            share = float(np.mean(d.log_norms > math.log(max(limit, 1e-300))))
-            evidence = {"clip_fraction": share, "steps": len(d.log_norms), "max_norm": limit}
+            fraction = float(np.mean(d.log_norms > math.log(max(limit, 1e-300))))
+            evidence = {"clip_fraction": fraction, "steps": len(d.log_norms), "max_norm": limit}
             evidence |= {"log2_norm": float(np.median(d.log_norms)) / math.log(2)}
-            out += _clipped("clip_by_global_norm", share, evidence)
+            out += _clipped("clip_by_global_norm", fraction, evidence)
     for key, value in d.telemetry.items():
         if not key.endswith("/clip_fraction") or np.ndim(value) > 0:
             continue
@@ -157,12 +157,12 @@ def clipping(d: Dynamics) -> list[Finding]:
     return out
 
 
-def _clipped(rule: str, share: float, evidence: dict[str, Any]) -> list[Finding]:
+def _clipped(rule: str, fraction: float, evidence: dict[str, Any]) -> list[Finding]:
     place = where("rule", 0, rule)
-    if share >= 0.99:
+    if fraction >= 0.99:
         source = "every step clipped: the threshold sets the step, not the gradient"
         return [Finding("clipping_always", place, "clipping_threshold", evidence, 0.99, source)]
-    if share == 0.0:
+    if fraction == 0.0:
         source = "no step clipped: the threshold does nothing"
         return [Finding("clipping_never", place, "clipping_threshold", evidence, 0.0, source)]
     return []

@@ -15,7 +15,7 @@ from gradjax.diagnosis.rules.finding import (
     guilty_run,
     hidden,
     layer_place,
-    share_of,
+    fraction_of,
     weight_scale,
     where,
 )
@@ -62,13 +62,13 @@ def dead_units(e: Evidence) -> list[Finding]:
     for activation, seen in e.activations:
         if activation.site.kind != "relu" or seen is None:
             continue
-        share = _rows(seen)
+        fraction = _rows(seen)
         units = activation.site.shape[-1] if activation.site.shape else 1
         threshold = max(DEAD_SHARE, min(0.5 + STANDARD_DEVIATIONS * math.sqrt(0.25 / units), 0.99))
-        bad = np.flatnonzero(share > threshold)
+        bad = np.flatnonzero(fraction > threshold)
         if bad.size:
             row = int(bad[0]) if activation.site.lead else None
-            evidence = {"dead_share": float(share[bad[0]]), "layers_affected": int(bad.size)}
+            evidence = {"dead_fraction": float(fraction[bad[0]]), "layers_affected": int(bad.size)}
             place = _activation_place(e, activation, row)
             return [Finding("dead_units", place, "bias", evidence, threshold, source)]
     return []
@@ -92,12 +92,12 @@ def saturated_units(e: Evidence) -> list[Finding]:
             continue
         if _of_output(e, activation):
             continue  # certain where it is flat
-        share = _rows(seen)
-        bad = np.flatnonzero(share > SATURATED_SHARE)
+        fraction = _rows(seen)
+        bad = np.flatnonzero(fraction > SATURATED_SHARE)
         if bad.size:
             row = int(bad[0]) if activation.site.lead else None
             place = _activation_place(e, activation, row)
-            evidence = {"saturated_share": float(share[bad[0]]), "activation": kind}
+            evidence = {"saturated_fraction": float(fraction[bad[0]]), "activation": kind}
             cause = _why_saturated(e, place["index"])
             return [Finding("saturated_units", place, cause, evidence, SATURATED_SHARE, source)]
     return _saturated_gates(e)
@@ -127,15 +127,15 @@ def _saturated_gates(e: Evidence) -> list[Finding]:
             np.median(_rows(seen)) for a, seen in e.activations
             if a.gates and a.site.kind in ("tanh", "logistic") and a.site.path[: len(scan)] == scan
         ]  # fmt: skip
-        shares = sorted(inside, reverse=True)[
+        fractions = sorted(inside, reverse=True)[
             : max(3, len(inside) - 1)
         ]  # tanh of an LSTM's cell gates the output only
-        if len(shares) > 2 and min(shares) > GATES_SHARE:
+        if len(fractions) > 2 and min(fractions) > GATES_SHARE:
             large = max(
                 [*e.arg_log_rms, float(e.log_activation[0]) if e.layers else 0.0]
             ) > math.log(3.0)
             source = "nine tenths of every gate and candidate of a recurrence in their flat part at every step"
-            evidence = {"saturated_share": float(min(shares)), "activation": "gates"}
+            evidence = {"saturated_fraction": float(min(fractions)), "activation": "gates"}
             place = where("step", 0, recurrence.name)
             cause = "input_scale" if large else "weights_too_large"
             return [Finding("saturated_units", place, cause, evidence, GATES_SHARE, source)]
@@ -175,7 +175,7 @@ def symmetric_units(e: Evidence) -> list[Finding]:
         if zero or (
             e.units[i] < 1e-9 and _weights_alike(e, layer)
         ):  # a large common bias hides the differences
-            evidence = {"units_variance_share": float(e.units[i])}
+            evidence = {"units_variance_fraction": float(e.units[i])}
             source = "variance over units below 1e-9 of the mean square: rounding alone; equal units stay equal"
             return [
                 Finding(
@@ -203,8 +203,8 @@ def rank_collapse(e: Evidence) -> list[Finding]:
     attention = any(a.site.kind == "softmax" for a, _ in e.activations)
     # ReLU at He's initialisation, the slowest healthy law of examples: 1 - c_L = (9 pi^2 / 2) / L^2
     law = min(1e-3, 0.05 * 4.5 * math.pi**2 / max(e.hidden, 1) ** 2)
-    for of, share, threshold in (("tokens", e.tokens, 1e-3), ("examples", e.examples, law)):
-        d = share[hidden(e)]
+    for of, fraction, threshold in (("tokens", e.tokens, 1e-3), ("examples", e.examples, law)):
+        d = fraction[hidden(e)]
         if of == "examples" and not np.isnan(e.tokens[hidden(e)]).all():
             continue  # positions tell the examples of a sequence apart
         if len(d) < 2 or np.isnan(d).any() or d[0] < 1e-2 or not (d < threshold).any():
@@ -217,11 +217,11 @@ def rank_collapse(e: Evidence) -> list[Finding]:
             "al. 2019, arXiv 1902.06853)"
         )
         evidence = {
-            "share": float(d[-1]),
+            "fraction": float(d[-1]),
             "of": of,
             "collapsed_at": e.layers[int(np.argmax(d < threshold))].name,
         }
-        skips = share_of(e.layers[1 : e.hidden], lambda x: x.skip) > 0.5
+        skips = fraction_of(e.layers[1 : e.hidden], lambda x: x.skip) > 0.5
         cause = "averaging" if attention and not skips else "weights_too_small"
         return [
             Finding("rank_collapse", layer_place(e, first + 1), cause, evidence, threshold, source)
@@ -241,7 +241,7 @@ def attention_logit_growth(e: Evidence) -> list[Finding]:
             row = int(bad[0]) if activation.site.lead else None
             evidence = {
                 "logit_deviation": float(deviation[bad[0]]),
-                "largest_share": float(largest[bad[0]]),
+                "largest_fraction": float(largest[bad[0]]),
             }
             source = (
                 "standard deviation of a row's logits above 2 sqrt(2 log keys), twice where a softmax of Gaussian "

@@ -86,12 +86,14 @@ def unused(config: Any) -> list[str]:
     ]
 
 
-def refuses(config: Any) -> str:
+def check_compatible(config: Any) -> str:
     """Why there is no such network though the model takes each of the settings; empty where there
     is.
     """
     model, _ = MODELS[config.name]
-    return no_scale(config) or (model.refuses(config) if hasattr(model, "refuses") else "")
+    return no_scale(config) or (
+        model.check_compatible(config) if hasattr(model, "check_compatible") else ""
+    )
 
 
 def takes(name: str, setting: str) -> bool:
@@ -100,4 +102,4 @@ def takes(name: str, setting: str) -> bool:
     return setting in model.__dataclass_fields__ and setting not in fixed
 
 
-__all__ = ["MLP", "MODELS", "build", "refuses", "takes", "unused"]
+__all__ = ["MLP", "MODELS", "build", "check_compatible", "takes", "unused"]

@@ -342,7 +342,7 @@ def side_of(x: Array) -> int:
     return jax.eval_shape(image_of, x).shape[-2]
 
 
-def shares(depth: int, stages: int = 3) -> list[int]:
+def blocks_per_stage(depth: int, stages: int = 3) -> list[int]:
     """Layers of each stage, at least one each, the earlier stages with one more where it does not
     divide.
 

@@ -13,7 +13,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gradjax.experiment.models.convolution import Conv, Network, Part, part, pool, settings, shares
+from gradjax.experiment.models.convolution import (
+    Conv,
+    Network,
+    Part,
+    part,
+    pool,
+    settings,
+    blocks_per_stage,
+)
 from gradjax.experiment.models.layers import Treated
 from gradjax.experiment.models.resnet import Head, Rectify, Stem
 
@@ -54,7 +62,7 @@ class DenseNet(Network, kw_only=True):
 
     def _parts(self, x: Array) -> list[Part]:
         parts, layer = [part("embed", self, Stem)], 0
-        for stage, count in enumerate(shares(self.depth)):
+        for stage, count in enumerate(blocks_per_stage(self.depth)):
             parts += [part(f"transition_{stage}", self, Transition)] if stage else []
             parts += [
                 part(f"dense_{layer + i + 1}", self, Append, growth=max(self.width // 2, 1))

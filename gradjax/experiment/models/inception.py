@@ -26,7 +26,7 @@ from gradjax.experiment.models.convolution import (
     part,
     pool,
     settings,
-    shares,
+    blocks_per_stage,
 )
 from gradjax.experiment.models.layers import Treated
 
@@ -63,7 +63,7 @@ class Inception(Network, kw_only=True):
     width: int
 
     @staticmethod
-    def refuses(model: Any) -> str:
+    def check_compatible(model: Any) -> str:
         """Why there is no such network; empty where there is."""
         wrong = (
             f"inception: model.width is {model.width}; its four branches need 8 channels or more."
@@ -71,10 +71,10 @@ class Inception(Network, kw_only=True):
         return wrong if model.width < 8 else ""
 
     def _parts(self, x: Array) -> list[Part]:
-        if reason := self.refuses(self):
+        if reason := self.check_compatible(self):
             raise ValueError(reason)
         parts = [part("embed", self, ConvLayer, features=self.width, flat=True)]
-        for stage, count in enumerate(shares(self.depth)):
+        for stage, count in enumerate(blocks_per_stage(self.depth)):
             own = {"features": self.width * 2**stage}
             parts += [part(f"down_{stage}", self, Block, halved=True, **own)] if stage else []
             count -= bool(stage)

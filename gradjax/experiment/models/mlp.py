@@ -145,7 +145,7 @@ class MLP(nn.Module):
         return nn.Dense(self.num_outputs, kernel_init=start, **kwargs)
 
     @staticmethod
-    def refuses(model: Any) -> str:
+    def check_compatible(model: Any) -> str:
         """Which of the settings, of this module or of a `gradjax.config.Model`, exclude each other;
         empty if none.
         """
@@ -172,7 +172,7 @@ class MLP(nn.Module):
         Raises:
           ValueError: settings that exclude each other.
         """
-        if reason := self.refuses(self):
+        if reason := self.check_compatible(self):
             raise ValueError(reason)
         h = self._layer(True, name="embed")(x, train)
         if self.depth > 1 and self.remat and not self.is_initializing():

@@ -162,7 +162,7 @@ class Recurrent(nn.Module):
     per_step: bool = False
 
     @staticmethod
-    def refuses(model: Any) -> str:
+    def check_compatible(model: Any) -> str:
         """What a recurrence cannot have, of this module or of a `gradjax.config.Model`; empty if
         nothing.
         """
@@ -339,7 +339,7 @@ def check_sequences(name: str, model: Any, x: Array) -> None:
     """Raises `ValueError` for what the sequence model `name` refuses, and for examples that are no
     sequences.
     """
-    if reason := model.refuses(model):
+    if reason := model.check_compatible(model):
         raise ValueError(reason)
     if x.ndim != (2 if jnp.issubdtype(x.dtype, jnp.integer) else 3):
         raise ValueError(

@@ -28,7 +28,7 @@ from gradjax.experiment.models.convolution import (
     Readout,
     part,
     settings,
-    shares,
+    blocks_per_stage,
 )
 from gradjax.experiment.models.layers import Activation, Skip, Treated, image_of, normalize
 
@@ -131,7 +131,7 @@ class ResNet(Network, kw_only=True):
     fixup: bool = False
 
     @staticmethod
-    def refuses(model: Any) -> str:
+    def check_compatible(model: Any) -> str:
         """Which of the settings, of this module or of a `gradjax.config.Model`, exclude each other;
         empty if none.
         """
@@ -143,10 +143,10 @@ class ResNet(Network, kw_only=True):
         return ""
 
     def _parts(self, x: Array) -> list[Part]:
-        if reason := self.refuses(self):
+        if reason := self.check_compatible(self):
             raise ValueError(reason)
         parts = [part("embed", self, Stem)]
-        for stage, count in enumerate(shares(self.depth)):
+        for stage, count in enumerate(blocks_per_stage(self.depth)):
             own = {"features": self.width * 2**stage}
             parts += [part(f"down_{stage}", self, Block, stride=2, **own)] if stage else []
             count -= bool(stage)

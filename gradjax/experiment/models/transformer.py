@@ -199,7 +199,7 @@ class Transformer(nn.Module):
     per_step: bool = False
 
     @staticmethod
-    def refuses(model: Any) -> str:
+    def check_compatible(model: Any) -> str:
         """What a transformer cannot have, of this module or of a `gradjax.config.Model`; empty if
         nothing.
         """

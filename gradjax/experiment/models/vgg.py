@@ -19,7 +19,7 @@ from gradjax.experiment.models.convolution import (
     Part,
     Readout,
     part,
-    shares,
+    blocks_per_stage,
 )
 
 
@@ -34,7 +34,7 @@ class VGG(Network, kw_only=True):
 
     def _parts(self, x: Array) -> list[Part]:
         parts = []
-        for stage, count in enumerate(shares(self.depth)):
+        for stage, count in enumerate(blocks_per_stage(self.depth)):
             channels, name = self.width * 2**stage, f"stage_{stage + 1}"
             one = lambda name, count=0, n=channels, **own: part(
                 name, self, ConvLayer, count, features=n, **own

@@ -45,7 +45,7 @@ def _sample(image: Array, rows: Array, columns: Array) -> Array:
         )
 
     (r0, r1, r), (c0, c1, c) = corners(rows), corners(columns)
-    r, c = (jnp.broadcast_to(share, image.shape).astype(image.dtype) for share in (r, c))
+    r, c = (jnp.broadcast_to(fraction, image.shape).astype(image.dtype) for fraction in (r, c))
     top = (1.0 - c) * image[r0, c0] + c * image[r0, c1]
     bottom = (1.0 - c) * image[r1, c0] + c * image[r1, c1]
     return (1.0 - r) * top + r * bottom

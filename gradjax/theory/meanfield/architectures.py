@@ -176,8 +176,8 @@ def _gru(w2, v, bias):
         gates = w2 * q + v
 
         def candidate(a, r):  # y given a is Gaussian
-            share = r * w2 * q / (v + jnp.square(r) * w2 * q)
-            y2 = w2 * q * (1 - r * share) + jnp.square(share * a)
+            fraction = r * w2 * q / (v + jnp.square(r) * w2 * q)
+            y2 = w2 * q * (1 - r * fraction) + jnp.square(fraction * a)
             return jnp.square(_bend(jnp.tanh(a))) * (jnp.square(r) + jnp.square(_slope(r)) * y2)
 
         n2 = of_reset(q, lambda a, r: jnp.square(jnp.tanh(a)))
