@@ -1,6 +1,4 @@
-"""Length, correlation and gradient maps of plain networks, their fixed points, and the phase
-diagram.
-"""
+"""Length, correlation and gradient maps of plain networks, fixed points, and the phase diagram."""
 
 import functools
 from typing import NamedTuple
@@ -33,17 +31,17 @@ from gradjax.theory.meanfield.roots import (
 
 
 class Point(NamedTuple):
-    """What a network with its fixed length is to the formulas."""
+    """A network at its fixed length, as the formulas need it."""
 
     q: Array  # q*, inf and NaN included
-    at: Array  # the same, at most LARGEST
+    at: Array  # q* cut off at LARGEST, where moments are taken
     s2: Array  # sigma_w^2 / (1 - dropout), divided by the length before a LayerNorm
-    b2: Array  # sigma_b^2, likewise
+    b2: Array  # sigma_b^2, divided by the length before a LayerNorm
     keep: Array  # 1 - dropout
 
 
 def point_of(act: Activation, layernorm: bool, sigma_w, sigma_b, dropout, q0) -> Point:
-    """The length that phi sees for ever, and the weights and biases in its units."""
+    """The fixed-point length as seen by phi, with the weights and biases in its units."""
     keep = 1.0 - dropout
     s2, b2 = jnp.square(sigma_w) / keep, jnp.square(sigma_b)
     if layernorm:
@@ -70,25 +68,30 @@ def _chi_1(act, point: Point) -> Array:
 
 
 def _p_star(act: Activation, point: Point) -> Array:
-    """1 - c*: the root p of 1 - keep S(p) - dropout s2 E phi^2 / (q p), S = s2 * secant; 0 where c
-    = 1 is stable.
+    """1 - c*, 0 where c = 1 is stable.
 
-    S is convex and falls from chi_1 at p = 0, so there is one root when chi_1 > 1 or the masks differ; the form has
+    It is the root p of 1 - keep S(p) - dropout s2 E phi^2 / (q p), S = s2 * secant. S is convex and
+    falls from chi_1 at p = 0, so there is one root when chi_1 > 1 or the masks differ; the form has
     no double root at criticality.
     """
     q, s2, keep = point.at, point.s2, point.keep
     chi = _chi_1(act, point)
-    if act.slopes:  # S <= chi_1, and chi_1 <= 1 wherever q* is finite
+    if act.slopes:
+        # S <= chi_1, and chi_1 <= 1 wherever q* is finite.
         splits = (keep < 1) & jnp.isfinite(point.q)
     else:
         splits = ((chi > 1) | (keep < 1)) & jnp.isfinite(point.q) & (point.q > 0)
     q = jnp.where(splits, q, 1.0)
     second = s2 * second_moment(act, q) / q
+
+    def chord(p):
+        if act.slopes:
+            return (second_moment(act, q) - phi_pair(act, q, 1.0 - p)) / (q * p)
+        return secant(act, q, p)
+
     if act.slopes:
-        chord = lambda p: (second_moment(act, q) - phi_pair(act, q, 1.0 - p)) / (q * p)
         mean_square = second_moment(act, q) - q * chord(jnp.ones_like(q))
     else:
-        chord = lambda p: secant(act, q, p)
         mean_square = jnp.square(gaussian_mean(act.phi, q, act.kinks))
 
     def f(p):
@@ -110,8 +113,9 @@ class DepthScales(NamedTuple):
 
 
 class PhaseDiagram(NamedTuple):
-    """Arrays of the shape of the broadcast sigma_w, sigma_b; the last three are None without
-    `correlations`.
+    """Arrays of the shape of the broadcast sigma_w, sigma_b.
+
+    The last two are None without `correlations`.
     """
 
     q_star: Array
@@ -129,22 +133,18 @@ def _scale(chi: Array) -> Array:
 def _xi_q(act, layernorm, point: Point) -> Array:
     if layernorm:
         return jnp.zeros_like(point.q)
-    slope = jax.jvp(
-        lambda q: point.s2 * second_moment(act, q), (point.at,), (jnp.ones_like(point.at),)
-    )[1]
+    slope = derivative(lambda q: point.s2 * second_moment(act, q))(point.at)
     return jnp.where(jnp.isinf(point.q), jnp.inf, _scale(jnp.abs(slope)))
 
 
 def _xi_c(act, point: Point, p: Array) -> Array:
-    """-1 / log of the slope of the correlation map at c*; without a limit of lengths c -> 1 is
-    algebraic: inf.
+    """-1 / log of the slope of the correlation map at c*.
+
+    inf without a limit of lengths, where c -> 1 is algebraic.
     """
-    apart = 1.0 - jnp.where(p == 0, 0.5, p)
-    chi = jnp.where(
-        p == 0,
-        _chi_1(act, point),
-        point.keep * point.s2 * slope_pair(act, point.at, apart, split=True),
-    )
+    c = 1.0 - jnp.where(p == 0, 0.5, p)
+    slope_apart = point.keep * point.s2 * slope_pair(act, point.at, c, split=True)
+    chi = jnp.where(p == 0, _chi_1(act, point), slope_apart)
     return jnp.where(jnp.isinf(point.q), jnp.inf, _scale(chi))
 
 
@@ -156,8 +156,9 @@ def _length_map(act, layernorm, sigma_w, sigma_b, dropout, q0, q):
 def length_map(
     q: Number, sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network
 ) -> Array:
-    """Length of the next layer, q' = sigma_w^2 E phi(sqrt(q) z)^2 / (1 - dropout) + sigma_b^2
-    (Poole 2016).
+    """Length of the next layer (Poole 2016).
+
+    q' = sigma_w^2 E phi(sqrt(q) z)^2 / (1 - dropout) + sigma_b^2
     """
     return evaluate(_length_map, sigma_w, sigma_b, activation, {"q": q}, **network)
 
@@ -184,7 +185,7 @@ def _correlation_map(act, layernorm, sigma_w, sigma_b, dropout, q0, c):
 def correlation_map(
     c: Number, sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network
 ) -> Array:
-    """Correlation of two inputs one layer on, at the length q*: see the module (Poole 2016)."""
+    """Correlation of two inputs one layer on, at the length q* (Poole 2016; see the package)."""
     return evaluate(_correlation_map, sigma_w, sigma_b, activation, {"c": c}, **network)
 
 
@@ -193,8 +194,9 @@ def _c_star(act, layernorm, *numbers):
 
 
 def c_star(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network) -> Array:
-    """Stable fixed point c* of the correlation map in [0, 1]: 1 where chi_1 <= 1 and nothing is
-    dropped.
+    """Stable fixed point c* of the correlation map in [0, 1].
+
+    1 where chi_1 <= 1 and nothing is dropped.
     """
     return evaluate(_c_star, sigma_w, sigma_b, activation, **network)
 
@@ -204,15 +206,13 @@ def _chi(k, act, layernorm, *numbers):
     if k == 1:
         return _chi_1(act, point)
     slope = derivative(act.phi)
-    value = point.s2 * gaussian_mean(
-        lambda x: jnp.square(derivative(slope)(x)), point.at, act.kinks
-    )
+    bend = derivative(slope)
+    value = point.s2 * gaussian_mean(lambda x: jnp.square(bend(x)), point.at, act.kinks)
     if not act.kinks:
         return value
     kinks, step = jnp.asarray(act.kinks, point.at.dtype), 1e-3
-    return jnp.where(
-        jnp.any(jnp.abs(slope(kinks + step) - slope(kinks - step)) > 10 * step), jnp.inf, value
-    )
+    jumps = jnp.abs(slope(kinks + step) - slope(kinks - step)) > 10 * step
+    return jnp.where(jnp.any(jumps), jnp.inf, value)
 
 
 _chi_first, _chi_second = functools.partial(_chi, 1), functools.partial(_chi, 2)
@@ -222,8 +222,8 @@ def chi_1(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **n
     """chi_1 = sigma_w^2 E phi'(sqrt(q*) z)^2: the mean squared singular value of a layer's
     Jacobian.
 
-    Also the slope of the correlation map at c = 1. Divided by the squared length before a LayerNorm, by
-    1 - dropout with dropout (Schoenholz 2017).
+    Also the slope of the correlation map at c = 1. Divided by the squared length before a
+    LayerNorm, by 1 - dropout with dropout (Schoenholz 2017).
     """
     return evaluate(_chi_first, sigma_w, sigma_b, activation, **network)
 
@@ -236,10 +236,13 @@ def chi_2(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **n
 def curvature_map(
     kappa2: Number, sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network
 ) -> Array:
-    """Squared extrinsic curvature of a curve of inputs one layer on, 3 chi_2 / chi_1^2 + kappa^2 /
-    chi_1.
+    """Squared extrinsic curvature of a curve of inputs one layer on.
 
-    References: Poole et al. 2016 (arXiv 1606.05340). A circle of radius r starts from kappa^2 = 1 / r^2.
+        kappa'^2 = 3 chi_2 / chi_1^2 + kappa^2 / chi_1
+
+    A circle of radius r starts from kappa^2 = 1 / r^2.
+
+    References: Poole et al. 2016 (arXiv 1606.05340).
     """
     first = chi_1(sigma_w, sigma_b, activation, **network)
     second = chi_2(sigma_w, sigma_b, activation, **network)
@@ -255,11 +258,16 @@ def _depth_scales(act, layernorm, *numbers):
 def depth_scales(
     sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network
 ) -> DepthScales:
-    """Depth scales in layers: lengths exp(-l / xi_q), correlations exp(-l / xi_c), gradients exp(-l
-    / xi_grad).
+    """Depth scales in layers.
 
-    1/xi_q = -log |dq'/dq| = -log |chi_1 + sigma_w^2 E phi'' phi|, 1/xi_c = -log sigma_w^2 E phi'(u_1) phi'(u_2) at
-    c*, 1/xi_grad = -log chi_1 (Schoenholz et al. 2017, arXiv 1611.01232).
+    Lengths approach their limit as exp(-l / xi_q), correlations as exp(-l / xi_c), squared
+    gradients change as exp(-l / xi_grad):
+
+        1/xi_q = -log |dq'/dq| = -log |chi_1 + sigma_w^2 E phi'' phi|
+        1/xi_c = -log sigma_w^2 E phi'(u_1) phi'(u_2) at c*
+        1/xi_grad = -log chi_1
+
+    References: Schoenholz et al. 2017 (arXiv 1611.01232).
     """
     return evaluate(_depth_scales, sigma_w, sigma_b, activation, **network)
 
@@ -288,10 +296,10 @@ def phase_diagram(
     correlations: bool = True,
     **network,
 ) -> PhaseDiagram:
-    """All of the above at every point of broadcasting arrays, e.g. sigma_w[:, None] and
-    sigma_b[None, :].
+    """Length, gradient and correlation at every point of arrays that broadcast.
 
-    c* and xi_c, which `correlations=False` leaves out, take nearly all of the time.
+    For instance sigma_w[:, None] and sigma_b[None, :]. c* and xi_c take nearly all of the time;
+    `correlations=False` leaves them out.
     """
     return evaluate(_DIAGRAM[bool(correlations)], sigma_w, sigma_b, activation, **network)
 
@@ -299,22 +307,30 @@ def phase_diagram(
 def _critical(act, layernorm, sigma_b, dropout):
     keep, b2 = 1.0 - dropout, jnp.square(sigma_b)
     one = jnp.ones_like(b2)
-    if layernorm:  # chi_1 = s2 mu_1(1) / (s2 E phi(z)^2 + sigma_b^2)
+    if layernorm:
+        # chi_1 = s2 mu_1(1) / (s2 E phi(z)^2 + sigma_b^2)
         return jnp.sqrt(keep * b2 / (slope_moment(act, one) - second_moment(act, one)))
     if act.slopes:
         return jnp.sqrt(keep / slope_moment(act, one))
     tiny, eps = smallest(b2.dtype), float(jnp.finfo(b2.dtype).eps)
-    ratio = lambda q: second_moment(act, q) / (slope_moment(act, q) * (q + tiny))
+
+    def ratio(q):
+        return second_moment(act, q) / (slope_moment(act, q) * (q + tiny))
+
     grid = jnp.asarray(LENGTHS[1:], b2.dtype)
     excess = jax.vmap(ratio)(grid) - 1.0 + b2 / grid
     below = excess <= 32 * eps
     index = jnp.argmax(below)
-    origin, found = (
-        below[0],
-        jnp.any(below) & ~below[0],
-    )  # at the origin: sigma_b = 0 and phi(0) = 0
-    safe = lambda x, instead: jnp.where(found, x, instead)
-    f = lambda q: jnp.where(found, ratio(q) - 1.0 + b2 / (q + tiny), q - 1.0)
+    # The critical point lies at the origin where sigma_b = 0 and phi(0) = 0.
+    origin = below[0]
+    found = jnp.any(below) & ~origin
+
+    def safe(x, instead):
+        return jnp.where(found, x, instead)
+
+    def f(q):
+        return jnp.where(found, ratio(q) - 1.0 + b2 / (q + tiny), q - 1.0)
+
     before = jnp.maximum(index - 1, 0)
     q = root_between(
         f,
@@ -335,11 +351,10 @@ def critical_sigma_w(
     layernorm: bool = False,
     kinks=None,
 ) -> Array:
-    """The sigma_w at which chi_1 = 1 for a given sigma_b: the edge of chaos, of the smallest q* if
-    there are several.
+    """The sigma_w at which chi_1 = 1 for a given sigma_b: the edge of chaos.
 
-    NaN where there is none up to q* = 1e8. ReLU: sqrt(2) for every sigma_b, though q* is finite at
-    sigma_b = 0 alone.
+    The one of the smallest q* if there are several; NaN where there is none up to q* = 1e8. ReLU
+    has sqrt(2) for every sigma_b, though q* is finite only at sigma_b = 0.
 
     >>> round(float(critical_sigma_w(0.05**0.5)) ** 2, 4)   # Schoenholz 2017
     1.761
@@ -354,8 +369,9 @@ def _critical_line(act, q):
 
 
 def critical_line(q: Number, activation: Name = "tanh", *, kinks=None) -> tuple[Array, Array]:
-    """(sigma_w, sigma_b) of the critical network whose length is q, no root to find; sigma_b is NaN
-    where none is.
+    """(sigma_w, sigma_b) of the critical network whose length is q, without a search for a root.
+
+    sigma_b is NaN where no critical network has that length.
     """
     return elementwise(_critical_line, (resolve(activation, kinks),), q=q)
 
@@ -372,12 +388,18 @@ def gradient_correlation(
     branch: Number | None = None,
     kinks=None,
 ) -> Array:
-    """Factor per layer of the correlation between the input gradients of two inputs of correlation
-    c and length q.
+    """Factor per layer of the correlation between the input gradients of two inputs.
 
-    r = E phi'(u_1) phi'(u_2) / E phi'^2 for a feedforward layer, (1 + branch r) / (1 + branch) with a skip around
-    it, where branch = sigma_v^2 sigma_w^2 E phi'^2 is the mean squared Jacobian of the branch. So BN-ReLU networks
-    (c = 0) have 2^-L, and with skips on normalised inputs, branch_l = 1 / (l + 1), L^(-1/2).
+    r = E phi'(u_1) phi'(u_2) / E phi'^2 for a feedforward layer, (1 + branch r) / (1 + branch) with
+    a skip around it. So BN-ReLU networks (c = 0) have 2^-L, and with skips on normalised inputs,
+    branch_l = 1 / (l + 1), L^(-1/2).
+
+    Args:
+      c: correlation of the two inputs.
+      q: their length.
+      activation: a name or an elementwise callable.
+      branch: mean squared Jacobian of the branch, sigma_v^2 sigma_w^2 E phi'^2; None: no skip.
+      kinks: where a derivative of a callable activation jumps.
 
     References: Balduzzi et al. 2017 (arXiv 1702.08591).
     """

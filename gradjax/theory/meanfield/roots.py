@@ -1,6 +1,4 @@
-"""Elementwise evaluation over arrays with domain checks, and the bracketed roots that fixed points
-are.
-"""
+"""Evaluation over arrays with domain checks, and bracketed roots, which give the fixed points."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,11 +16,11 @@ from gradjax.theory.gaussian import smallest
 Number = float | Array | np.ndarray | Sequence[float]
 Name = str | Phi
 
-LARGEST = 1e8  # lengths above this are inf
+# Lengths above this are inf.
+LARGEST = 1e8
 LENGTHS = np.concatenate([[0.0], np.logspace(-12, np.log10(LARGEST), 121)])
-_BATCH = (
-    256  # points solved at once: what all of them need in memory, and the longest search among them
-)
+# Points solved at once: they share the memory, and all wait for the longest search among them.
+_BATCH = 256
 
 # name -> (lowest, highest, whether the ends belong to the domain)
 _DOMAIN = {
@@ -53,7 +51,9 @@ def _check(name: str, value: Any) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _map(scalar: Callable, static: tuple, numbers: tuple[Array, ...]) -> Any:
-    f = lambda xs: scalar(*static, *xs)
+    def f(xs):
+        return scalar(*static, *xs)
+
     if not numbers[0].ndim:
         return f(numbers)
     shape = numbers[0].shape
@@ -63,8 +63,10 @@ def _map(scalar: Callable, static: tuple, numbers: tuple[Array, ...]) -> Any:
 
 
 def elementwise(scalar: Callable, static: tuple, **numbers: Number) -> Any:
-    """scalar(*static, *numbers) over the broadcast numbers, in their dtype, after the domain
-    check.
+    """`scalar(*static, *numbers)` over the broadcast numbers, in their dtype.
+
+    Raises:
+      ValueError: where a number lies outside its domain.
     """
     for name, value in numbers.items():
         _check(name, value)
@@ -101,11 +103,21 @@ def evaluate(
 def root_between(
     f: Callable[[Array], Array], low: Array, high: Array, f_low: Array, f_high: Array
 ) -> Array:
-    """The root of f between two points where its signs differ; NaN if 100 steps did not reach
-    rounding.
+    """The root of f between two points where its signs differ.
 
-    Regula falsi with the weights of Anderson and Bjorck (1973, BIT 13, 253), geometric bisection where that is slow.
-    f is of order 1 away from its root. The derivative is that of the implicit function.
+    Regula falsi with the weights of Anderson and Bjorck (1973, BIT 13, 253), geometric bisection
+    where that is slow. f is of order 1 away from its root. The derivative is that of the implicit
+    function.
+
+    Args:
+      f: () -> (), continuous.
+      low: one end of the bracket.
+      high: the other end.
+      f_low: f(low).
+      f_high: f(high).
+
+    Returns:
+      () the root; NaN if 100 steps did not reach rounding.
     """
     eps = float(jnp.finfo(low.dtype).eps)
 
@@ -133,8 +145,9 @@ def root_between(
 
 
 def limit(length: Callable[[Array], Array], q0: Array) -> Array:
-    """The limit of q -> length(q) (non-decreasing) from q0: the nearest fixed point on the side it
-    moves to.
+    """The limit of a non-decreasing map q -> length(q) from q0.
+
+    It is the nearest fixed point on the side to which q0 moves; inf if there is none.
     """
     grid = jnp.asarray(LENGTHS, q0.dtype)
     excess = jax.vmap(length)(grid) - grid
@@ -145,7 +158,7 @@ def limit(length: Callable[[Array], Array], q0: Array) -> Array:
     below = (grid < q0) & (excess >= 0)
     index = jnp.where(up, jnp.argmax(above), grid.size - 1 - jnp.argmax(below[::-1]))
     other, excess_other = grid[index], excess[index]
-    # the neighbour of `other` on the way back to q0, or q0 itself where that lies between
+    # The neighbour of `other` on the way back to q0, or q0 itself where that lies between.
     back = jnp.clip(jnp.where(up, index - 1, index + 1), 0, grid.size - 1)
     outside = jnp.where(up, grid[back] <= q0, grid[back] >= q0)
     near, excess_near = jnp.where(outside, q0, grid[back]), jnp.where(outside, start, excess[back])
@@ -154,18 +167,19 @@ def limit(length: Callable[[Array], Array], q0: Array) -> Array:
     zero = exists & (other == 0) & (excess_other == 0)
     regular = exists & ~zero & ~stays
     tiny = jnp.asarray(smallest(q0.dtype), q0.dtype)
-    safe = lambda x, instead: jnp.where(regular, x, instead)
+
+    def safe(x, instead):
+        return jnp.where(regular, x, instead)
 
     def f(q):
         return jnp.where(regular, length(q) / (q + tiny) - 1.0, q - 1.0)
 
-    ratio = lambda x, e: e / (x + tiny)
     found = root_between(
         f,
         safe(near, 0.5 * jnp.ones_like(q0)),
         safe(other, jnp.ones_like(q0)),
-        safe(ratio(near, excess_near), -0.5),
-        safe(ratio(other, excess_other), 0.0),
+        safe(excess_near / (near + tiny), -0.5),
+        safe(excess_other / (other + tiny), 0.0),
     )
     end = jnp.where(zero, 0.0, jnp.where(exists, found, jnp.inf))
     return jnp.where(stays, q0, end)
