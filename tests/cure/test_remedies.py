@@ -7,8 +7,7 @@ import pytest
 
 from gradjax.cure import remedies
 from gradjax.cure.remedies import ADVICE, REMEDIES, NotApplicable
-from gradjax.diagnosis.rules import CAUSAL
-from gradjax.diagnosis.rules.finding import REMEDIES as ADVISED
+from gradjax.diagnosis.rules import BY_NAME, CAUSAL
 from gradjax.experiment import config, models, tasks, training
 from gradjax.experiment.schema import ConfigError, Experiment
 from gradjax.theory import meanfield
@@ -72,7 +71,7 @@ def test_every_pathology_that_training_can_cure_has_remedies():
 
 
 def test_what_findings_advise_is_in_the_catalogue_or_the_users_to_do():
-    for pathology, names in ADVISED.items():
+    for pathology, names in ((name, entry.remedies) for name, entry in BY_NAME.items()):
         assert set(names) <= set(REMEDIES) | set(ADVICE)
         assert not [
             name for name in names if name in REMEDIES and pathology not in REMEDIES[name].fits

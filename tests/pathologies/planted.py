@@ -1,4 +1,4 @@
-"""The planted networks: each has a known sickness, and was measured to have it."""
+"""The planted networks: each has a known pathology, and was measured to have it."""
 
 from pathologies import planted_growth, planted_rest, planted_units
 from pathologies.case import Case

@@ -1,58 +1,64 @@
-"""The rules of a diagnosis: a function for each pathology, from evidence to findings, with its
-threshold's source.
+"""The rules of a diagnosis: from evidence to findings, most causal first.
 
-`findings` puts them in causal order: saturated units before the gradients that vanish in them. To
-add a rule, write the function in the file it belongs to, name it in `RULES`, and give its remedies
-a place in `gradjax.diagnosis.rules.finding`.
+A pathology is an entry of `gradjax.diagnosis.rules.catalogue` and a function that looks for it.
+Each finding carries its threshold and the threshold's source.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from gradjax.diagnosis.evidence import Evidence
-from gradjax.diagnosis.rules import growth, numbers, training, units
-from gradjax.diagnosis.rules.finding import CAUSAL as CAUSAL
-from gradjax.diagnosis.rules.finding import REMEDIES as REMEDIES
+from gradjax.diagnosis.rules import numbers
+from gradjax.diagnosis.rules.catalogue import BY_NAME as BY_NAME
+from gradjax.diagnosis.rules.catalogue import CAUSAL as CAUSAL
+from gradjax.diagnosis.rules.catalogue import PATHOLOGIES as PATHOLOGIES
+from gradjax.diagnosis.rules.catalogue import Pathology as Pathology
+from gradjax.diagnosis.rules.catalogue import When
 from gradjax.diagnosis.rules.finding import Finding as Finding
 from gradjax.diagnosis.rules.training import Dynamics as Dynamics
 
-RULES = (
-    units.symmetric_units, growth.gradient_growth, growth.time_growth, growth.activation_growth, units.dead_units,
-    units.saturated_units, units.rank_collapse, units.attention_logit_growth, units.ill_conditioned_jacobian,
-    numbers.norm_overflow,
-)  # fmt: skip
-OF_TRAINING = (
-    training.frozen_optimizer,
-    training.unstable_step_size,
-    training.loss_spikes,
-    training.clipping,
-)
-
 
 def findings(e: Evidence, d: Dynamics | None) -> tuple[Finding, ...]:
-    """Every rule's findings in causal order."""
-    broken = numbers.non_finite(e)
-    found = numbers.untrained_layer(e) + broken
+    """The findings of all rules, most causal first."""
+    broken = _ask("first", e)
+    found = broken + _ask("always", e)
     if not broken:
-        for rule in RULES:
-            found += rule(e)
-        if not any(
-            "exploding" in f.pathology or f.pathology == "batchnorm_explosion" for f in found
-        ):
+        found += _ask("finite", e)
+        # an explosion that was found explains cotangents out of range
+        explosions = ("exploding_gradients", "exploding_activations", "batchnorm_explosion")
+        if not any(f.pathology in explosions for f in found):
             found += numbers.backward_overflow(e)
-        if not found:  # it costs a gradient more, and what was found explains it
-            found += units.shattered_gradients(e)
+        if not found:
+            found += _ask("last", e)
     if d is not None:
-        for rule in OF_TRAINING:
-            found += rule(d)
-    return tuple(replace(f, remedies=REMEDIES[f.pathology]) for f in in_order(found))
+        found += _ask("training", d)
+    return tuple(_completed(f) for f in in_order(found))
+
+
+def _ask(when: When, given: Any) -> list[Finding]:
+    """What the rules of one kind find, each asked once."""
+    rules = [rule for entry in PATHOLOGIES if entry.when == when for rule in entry.rules]
+    return [finding for rule in dict.fromkeys(rules) for finding in rule(given)]
+
+
+def _completed(finding: Finding) -> Finding:
+    """A finding with its remedies, and the threshold and the source that its rule left out."""
+    entry = BY_NAME[finding.pathology]
+    threshold = entry.threshold if math.isnan(finding.threshold) else finding.threshold
+    source = finding.source or f"{entry.criterion}; {entry.source}"
+    return replace(finding, threshold=threshold, source=source, remedies=entry.remedies)
 
 
 def in_order(found: Sequence[Finding]) -> list[Finding]:
     """Findings, most causal first."""
     order = {name: i for i, name in enumerate(CAUSAL)}
-    names = {f.pathology for f in found}
-    late = set()
-    if "rank_collapse" in names and not any(f.cause == "averaging" for f in found):
-        late |= {"rank_collapse"}  # the ordered phase: examples merge because the weights are small
-    return sorted(found, key=lambda f: (f.pathology in late, order[f.pathology]))
+    # In the ordered phase examples merge because the weights are small: a consequence, not a cause.
+    averaging = any(f.pathology == "rank_collapse" and f.cause == "averaging" for f in found)
+
+    def rank(finding: Finding) -> tuple[bool, int]:
+        late = finding.pathology == "rank_collapse" and not averaging
+        return late, order[finding.pathology]
+
+    return sorted(found, key=rank)

@@ -1,78 +1,87 @@
-"""Rules of growth: gradients over depth and over time, activations over depth; and why they
-grow.
-"""
+"""Rules of growth: gradients over depth and time, activations over depth, and the causes."""
 
 import math
-from typing import Any
 
 import numpy as np
 
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.diagnosis.rules.finding import (
-    GROWTH_NATS,
-    SOURCE,
     Finding,
-    depth_growth,
-    fans,
-    growth,
-    guilty_run,
+    fraction_of,
     hidden,
     layer_place,
-    fraction_of,
     weight_scale,
     where,
 )
+from gradjax.diagnosis.rules.main_rule import (
+    GROWTH_NATS,
+    SOURCE,
+    Growth,
+    growth_run,
+    measure_growth,
+    rises,
+)
+from gradjax.taps.structure import Layer, Recurrence
 
 
 def gradient_growth(e: Evidence) -> list[Finding]:
     """The main rule, over depth."""
-    found = depth_growth(e)
-    if found is None or not found.sick:
+    growth = _depth_growth(e)
+    if growth is None or not growth.passes_threshold:
         return []
-    c, a = e.log_cotangent[hidden(e)], e.log_activation[hidden(e)]
-    with np.errstate(invalid="ignore"):  # behind a cut every cotangent is -inf
-        backward = np.nan_to_num(
-            np.sign(found.nats) * (c[:-1] - c[1:])[::-1], nan=0.0, posinf=np.inf, neginf=0.0
-        )
-    first, last = guilty_run(backward)
-    steps = len(c) - 1
+    cotangent, activation = e.log_cotangent[hidden(e)], e.log_activation[hidden(e)]
+    # in the order of the backward pass, from the last layer to the first
+    first, last = growth_run(rises(cotangent[::-1], growth.nats))
+    steps = len(cotangent) - 1
     run = slice(steps - 1 - last, steps - first + 1)
-    evidence = found.evidence(steps) | {
+    evidence = growth.evidence(steps) | {
         "run_ends_at": e.layers[steps - 1 - last].name,
-        "log_activation_rms_first": float(a[0]),
-        "log_activation_rms_last": float(a[-1]),
+        "log_activation_rms_first": float(activation[0]),
+        "log_activation_rms_last": float(activation[-1]),
     }
-    exploding = found.nats > 0
-    pathology = "exploding_gradients" if exploding else "vanishing_gradients"
-    cause = _why_exploding(e, run) if exploding else _why_vanishing(e, run)
-    if cause == "batchnorm":
-        pathology = "batchnorm_explosion"
-    return [
-        Finding(pathology, layer_place(e, steps - first), cause, evidence, found.threshold, SOURCE)
-    ]
+    if growth.nats > 0:
+        cause = _why_exploding(e, run)
+        pathology = "batchnorm_explosion" if cause == "batchnorm" else "exploding_gradients"
+    else:
+        cause = _why_vanishing(e, e.layers[run])
+        pathology = "vanishing_gradients"
+    place = layer_place(e, steps - first)
+    return [Finding(pathology, place, cause, evidence, growth.threshold, SOURCE)]
+
+
+def _depth_growth(e: Evidence) -> Growth | None:
+    """G over the hidden layers; None where it is not defined."""
+    cotangent = e.log_cotangent[hidden(e)]
+    if len(cotangent) < 2 or np.isnan(cotangent).any() or cotangent[-1] == -np.inf:
+        return None
+    return measure_growth(cotangent, e.size[hidden(e)], _fan_ins(e))
+
+
+def _fan_ins(e: Evidence) -> list[int]:
+    """Units of the hidden layers after the first, without the layers that have no weights."""
+    return [layer.fan_in for layer in e.layers[1 : e.hidden] if layer.fan_in > 1]
 
 
 def _why_exploding(e: Evidence, run: slice) -> str:
-    layers, a = e.layers[run], e.log_activation[run]
-    per_layer = (a[-1] - a[0]) / max(len(a) - 1, 1)
+    layers, activation = e.layers[run], e.log_activation[run]
+    per_layer = (activation[-1] - activation[0]) / max(len(activation) - 1, 1)
     if fraction_of(layers, lambda x: x.norm == "batch") > 0.5 and per_layer < 0.5:
         return "batchnorm"
-    if fraction_of(layers, lambda x: x.skip) > 0.5 and not fraction_of(
-        layers, lambda x: bool(x.norm)
-    ):
+    normalized = fraction_of(layers, lambda x: bool(x.norm))
+    if fraction_of(layers, lambda x: x.skip) > 0.5 and not normalized:
         return "unscaled_residual"
     if fraction_of(layers, lambda x: x.norm == "layer") > 0.5:
         return "normalized_chaos"
     return "weights_too_large"
 
 
-def _why_vanishing(e: Evidence, run: slice) -> str:
-    layers = e.layers[run]
+def _why_vanishing(e: Evidence, layers: list[Layer]) -> str:
     if fraction_of(layers, lambda x: x.post_norm) > 0.5:
         return "layernorm_placement"
-    slopes = [a for a, _ in e.activations if a.site.kind == "logistic" and a.on_chain]
-    weights = [w for layer in layers for w in [weight_scale(e, layer)] if w is not None]
-    if slopes and weights and float(np.median(weights)) > 0.4:
+    has_sigmoid = any(a.site.kind == "logistic" and a.on_chain for a, _ in e.activations)
+    scales = [weight_scale(e, layer) for layer in layers]
+    known = [scale for scale in scales if scale is not None]
+    if has_sigmoid and known and float(np.median(known)) > 0.4:
         return "activation_slope"
     return "weights_too_small"
 
@@ -82,73 +91,76 @@ def time_growth(e: Evidence) -> list[Finding]:
     out = []
     for recurrence, _, back in e.recurrences:
         alive = np.flatnonzero(back > -np.inf)
-        if np.isnan(back).any() or np.isposinf(back).any() or not alive.size or alive[-1] < 1:
+        not_finite = np.isnan(back).any() or np.isposinf(back).any()
+        if not_finite or not alive.size or alive[-1] < 1:
             continue
-        c = back[: alive[-1] + 1]
-        steps = len(c) - 1
-        found = growth(c, np.ones(len(c)), [recurrence.fan_in] * steps)
-        if not found.sick:
+        cotangent = back[: alive[-1] + 1]
+        steps = len(cotangent) - 1
+        growth = measure_growth(cotangent, np.ones(steps + 1), [recurrence.fan_in] * steps)
+        if not growth.passes_threshold:
             continue
-        with np.errstate(invalid="ignore"):
-            rises = np.nan_to_num(
-                np.sign(found.nats) * (c[:-1] - c[1:])[::-1], nan=0.0, posinf=np.inf, neginf=0.0
-            )
-        first, _ = guilty_run(rises)
-        pathology = "exploding_gradients" if found.nats > 0 else "vanishing_gradients"
-        cause = "weights_too_large" if found.nats > 0 else _why_vanishing_in_time(e, recurrence)
+        first, _ = growth_run(rises(cotangent[::-1], growth.nats))
+        if growth.nats > 0:
+            pathology, cause = "exploding_gradients", "weights_too_large"
+        else:
+            pathology, cause = "vanishing_gradients", _why_vanishing_in_time(e, recurrence)
         place = where("step", steps - first, f"{recurrence.name}[{steps - first}]")
-        out.append(Finding(pathology, place, cause, found.evidence(steps), found.threshold, SOURCE))
+        evidence = growth.evidence(steps)
+        out.append(Finding(pathology, place, cause, evidence, growth.threshold, SOURCE))
     return out
 
 
-def _why_vanishing_in_time(e: Evidence, recurrence: Any) -> str:
+def _why_vanishing_in_time(e: Evidence, recurrence: Recurrence) -> str:
     inside = [a for a, _ in e.activations if a.site.kind == "logistic" and a.site.lead]
     if any(a.on_chain for a in inside):
         return "activation_slope"
     biases = [
         float(np.max(e.leaf_log_rms[i])) for i in recurrence.leaves if len(e.leaf_shapes[i]) == 1
     ]
-    closed = (
-        any(a.gates for a in inside) and max(biases, default=-math.inf) > 0.0
-    )  # rms above 1: gates shut
-    return "bias" if closed else "weights_too_small"
+    # a bias of rms above 1 shuts the gates
+    if any(a.gates for a in inside) and max(biases, default=-math.inf) > 0.0:
+        return "bias"
+    return "weights_too_small"
 
 
 def activation_growth(e: Evidence) -> list[Finding]:
-    """Growth of the forward pass: along skips without normalisation, or through the layers
-    themselves.
-    """
-    a = e.log_activation[hidden(e)]
-    if len(a) < 2 or not np.isfinite(a[0]) or np.isnan(a).any() or np.isposinf(a).any():
+    """Growth of the forward pass, along skips without normalisation or through the layers."""
+    activation = e.log_activation[hidden(e)]
+    not_finite = np.isnan(activation).any() or np.isposinf(activation).any()
+    if len(activation) < 2 or not_finite or not np.isfinite(activation[0]):
         return []
+    if activation.max() < -GROWTH_NATS:
+        return [_small_from_the_start(e, float(activation.max()))]
+    growth = measure_growth(activation[::-1], e.size[hidden(e)][::-1], _fan_ins(e))
+    if not growth.passes_threshold:
+        return []
+    # growth or decay that only returns to a usual size is healthy
+    last = activation[-1]
+    if (growth.nats > 0 and last <= 0) or (growth.nats < 0 and last >= -0.5 * GROWTH_NATS):
+        return []
+    first, _ = growth_run(rises(activation, growth.nats))
     layers = e.layers[1 : e.hidden]
-    if a.max() < -GROWTH_NATS:  # small from the first layer on
-        source = "rms below e^-6 of a unit in every layer: biases and rounding outweigh the signal"
-        cause = (
-            "input_scale" if max(e.arg_log_rms, default=0.0) < -GROWTH_NATS else "weights_too_small"
-        )
-        evidence = {"log_activation_rms_largest": float(a.max())}
-        return [
-            Finding(
-                "vanishing_activations", layer_place(e, 0), cause, evidence, -GROWTH_NATS, source
-            )
-        ]
-    found = growth(a[::-1], e.size[hidden(e)][::-1], fans(e))
-    ends_apart = (
-        a[-1] > 0 if found.nats > 0 else a[-1] < -0.5 * GROWTH_NATS
-    )  # not merely back to a usual size
-    if not found.sick or not ends_apart:
-        return []
-    rises = np.nan_to_num(np.sign(found.nats) * np.diff(a), nan=0.0, posinf=np.inf, neginf=0.0)
-    first, _ = guilty_run(rises)
-    evidence = found.evidence(len(a) - 1)
-    skips = (
-        fraction_of(layers, lambda x: x.skip) > 0.5
-        and fraction_of(layers, lambda x: bool(x.norm)) < 0.5
-    )
-    if found.nats > 0 and skips:
+    skips = fraction_of(layers, lambda x: x.skip) > 0.5
+    normalized = fraction_of(layers, lambda x: bool(x.norm)) >= 0.5
+    if growth.nats < 0:
+        name, cause = "vanishing_activations", "weights_too_small"
+    elif skips and not normalized:
         name, cause = "residual_growth", "unscaled_residual"
     else:
-        name = "exploding_activations" if found.nats > 0 else "vanishing_activations"
-        cause = "weights_too_large" if found.nats > 0 else "weights_too_small"
-    return [Finding(name, layer_place(e, first + 1), cause, evidence, found.threshold, SOURCE)]
+        name, cause = "exploding_activations", "weights_too_large"
+    evidence = growth.evidence(len(activation) - 1)
+    place = layer_place(e, first + 1)
+    return [Finding(name, place, cause, evidence, growth.threshold, SOURCE)]
+
+
+def _small_from_the_start(e: Evidence, largest: float) -> Finding:
+    inputs = max(e.arg_log_rms, default=0.0)
+    cause = "input_scale" if inputs < -GROWTH_NATS else "weights_too_small"
+    return Finding(
+        "vanishing_activations",
+        layer_place(e, 0),
+        cause,
+        {"log_activation_rms_largest": largest},
+        -GROWTH_NATS,
+        "rms below e^-6 of a unit in every layer: biases and rounding outweigh the signal",
+    )

@@ -1,5 +1,5 @@
-"""Rules of units and directions: dead, saturated, all alike, all examples in one point, frozen
-attention, low rank.
+"""Rules of units and directions: units that are dead, saturated or all alike, attention that sees
+one key, examples that merge, weights of low rank, gradients that are noise.
 """
 
 import math
@@ -9,224 +9,234 @@ import numpy as np
 
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.diagnosis.rules.finding import (
-    GROWTH_NATS,
-    STANDARD_DEVIATIONS,
     Finding,
-    guilty_run,
+    fraction_of,
     hidden,
     layer_place,
-    fraction_of,
+    row_of,
+    row_of_leaf,
     weight_scale,
     where,
 )
+from gradjax.diagnosis.rules.main_rule import GROWTH_NATS, STANDARD_DEVIATIONS, growth_run, rises
 from gradjax.taps.statistics import FLAT
+from gradjax.taps.structure import Activation, Layer
+
+DEAD_FRACTION = 0.75
+SATURATED_FRACTION = 0.5
+GATES_FRACTION = 0.9  # of the gates and candidates of a recurrence
+LARGE_INPUT = math.log(3.0)  # log rms of an input that saturates units by its size
+ALIKE = 1e-9  # variance over units as a fraction of the mean square: rounding leaves more
+COLLAPSED = 1e-3  # variance over examples or positions as a fraction of the mean square
+SPREAD = 1e-2  # the same in the first layer of a network whose inputs differ
+SHARP_WEIGHT = 0.9  # the largest attention weight of a row
+SHATTERED_COSINE = 0.2
+SVD_WORK = 2e8  # cubes of widths: a second or two of singular values
+SVD_SIZE = 2**20  # entries of the largest weights that are decomposed
 
 
 def _rows(x: Any) -> np.ndarray:
     return np.atleast_1d(np.asarray(x, float))
 
 
-def _index_of(e: Evidence, activation: Any, row: int | None) -> int:
+def _first_row(activation: Activation, bad: np.ndarray) -> int | None:
+    """The first bad row of an activation inside a scan, None for one outside."""
+    return int(bad[0]) if activation.site.lead else None
+
+
+def _layer_index(e: Evidence, activation: Activation, row: int | None) -> int:
     """The layer that an activation function belongs to: by the name before it, else the next one;
     -1 for none.
     """
     name, path = activation.layer, activation.site.path
-    mine = [i for i, layer in enumerate(e.layers) if layer.row == row]
-    for i in mine:
+    candidates = [i for i, layer in enumerate(e.layers) if layer.row == row]
+    for i in candidates:
         layer = e.layers[i]
         if layer.site.name == name or name.startswith((layer.site.name + "/", layer.name + ".")):
             return i
-    if row is not None:  # of several scans the one that it is in
-        mine = [i for i in mine if e.layers[i].site.path[:1] == path[:1]]
-    after = [i for i in mine if e.layers[i].site.path > path]
-    return after[0] if after else mine[-1] if mine else -1
+    # of several scans, the one that holds the activation
+    if row is not None:
+        candidates = [i for i in candidates if e.layers[i].site.path[:1] == path[:1]]
+    after = [i for i in candidates if e.layers[i].site.path > path]
+    if after:
+        return after[0]
+    return candidates[-1] if candidates else -1
 
 
-def _activation_place(e: Evidence, activation: Any, row: int | None) -> dict[str, Any]:
-    index = _index_of(e, activation, row)
+def _activation_place(e: Evidence, activation: Activation, row: int | None) -> dict[str, Any]:
+    index = _layer_index(e, activation, row)
     if index >= 0:
         return where("layer", index, e.layers[index].name)
     name = activation.layer or activation.site.kind
     return where("layer", index, name if row is None else f"{name}[{row}]")
 
 
-DEAD_SHARE = 0.75
-
-
 def dead_units(e: Evidence) -> list[Finding]:
     """ReLU units that are off for every example: no gradient passes them."""
-    source = (
-        "more than three quarters of a layer: with symmetric weights a unit is off for all examples with probability "
-        "at most 1/2, reached when all examples are alike"
-    )
     for activation, seen in e.activations:
         if activation.site.kind != "relu" or seen is None:
             continue
         fraction = _rows(seen)
         units = activation.site.shape[-1] if activation.site.shape else 1
-        threshold = max(DEAD_SHARE, min(0.5 + STANDARD_DEVIATIONS * math.sqrt(0.25 / units), 0.99))
+        by_chance = min(0.5 + STANDARD_DEVIATIONS * math.sqrt(0.25 / units), 0.99)
+        threshold = max(DEAD_FRACTION, by_chance)
         bad = np.flatnonzero(fraction > threshold)
         if bad.size:
-            row = int(bad[0]) if activation.site.lead else None
+            place = _activation_place(e, activation, _first_row(activation, bad))
             evidence = {"dead_fraction": float(fraction[bad[0]]), "layers_affected": int(bad.size)}
-            place = _activation_place(e, activation, row)
-            return [Finding("dead_units", place, "bias", evidence, threshold, source)]
+            return [Finding("dead_units", place, "bias", evidence, threshold)]
     return []
 
 
-SATURATED_SHARE = 0.5
-
-
 def saturated_units(e: Evidence) -> list[Finding]:
-    """tanh, sigmoid and their like in their flat part, where every path through the layer meets
-    them.
+    """Units of tanh, sigmoid and their like in the flat part, where every path through the layer
+    meets them.
     """
-    source = f"half of the units with a slope below {FLAT} of the steepest (Glorot & Bengio 2010, section 3, saturation)"
     for activation, seen in e.activations:
         kind = activation.site.kind
-        if (
-            kind not in ("tanh", "logistic", "erf", "hard_tanh")
-            or not activation.on_chain
-            or activation.gates
-        ):
+        if kind not in ("tanh", "logistic", "erf", "hard_tanh"):
             continue
-        if _of_output(e, activation):
-            continue  # certain where it is flat
+        if not activation.on_chain or activation.gates or _is_output(e, activation):
+            continue
         fraction = _rows(seen)
-        bad = np.flatnonzero(fraction > SATURATED_SHARE)
+        bad = np.flatnonzero(fraction > SATURATED_FRACTION)
         if bad.size:
-            row = int(bad[0]) if activation.site.lead else None
-            place = _activation_place(e, activation, row)
+            place = _activation_place(e, activation, _first_row(activation, bad))
             evidence = {"saturated_fraction": float(fraction[bad[0]]), "activation": kind}
             cause = _why_saturated(e, place["index"])
-            return [Finding("saturated_units", place, cause, evidence, SATURATED_SHARE, source)]
+            source = (
+                f"half of the units with a slope below {FLAT} of the steepest "
+                "(Glorot & Bengio 2010, section 3, saturation)"
+            )
+            return [Finding("saturated_units", place, cause, evidence, SATURATED_FRACTION, source)]
     return _saturated_gates(e)
 
 
-def _of_output(e: Evidence, activation: Any) -> bool:
-    """Whether an activation function makes the model's output: behind the read-out."""
+def _is_output(e: Evidence, activation: Activation) -> bool:
+    """Whether an activation function makes the model's output, behind the read-out: where it is
+    flat there the model is certain.
+    """
     if activation.site.lead or not e.layers:
         return False
     last = len(e.layers) - 1
-    behind = (
-        activation.site.path > e.layers[last].site.path or _index_of(e, activation, None) == last
-    )
+    after = activation.site.path > e.layers[last].site.path
+    behind = after or _layer_index(e, activation, None) == last
     return behind and (last == 0 or e.hidden == last)
 
 
-GATES_SHARE = 0.9
-
-
 def _saturated_gates(e: Evidence) -> list[Finding]:
-    """A recurrence whose gates and candidates are all flat: one alone may be open or shut for good
-    reason.
+    """A recurrence whose gates and candidates are all flat; a single saturated gate can be
+    legitimate.
     """
     for recurrence, _, _ in e.recurrences:
         scan = recurrence.sites[0].path[:-1]
         inside = [
-            np.median(_rows(seen)) for a, seen in e.activations
+            np.median(_rows(seen))
+            for a, seen in e.activations
             if a.gates and a.site.kind in ("tanh", "logistic") and a.site.path[: len(scan)] == scan
-        ]  # fmt: skip
-        fractions = sorted(inside, reverse=True)[
-            : max(3, len(inside) - 1)
-        ]  # tanh of an LSTM's cell gates the output only
-        if len(fractions) > 2 and min(fractions) > GATES_SHARE:
-            large = max(
-                [*e.arg_log_rms, float(e.log_activation[0]) if e.layers else 0.0]
-            ) > math.log(3.0)
-            source = "nine tenths of every gate and candidate of a recurrence in their flat part at every step"
-            evidence = {"saturated_fraction": float(min(fractions)), "activation": "gates"}
-            place = where("step", 0, recurrence.name)
-            cause = "input_scale" if large else "weights_too_large"
-            return [Finding("saturated_units", place, cause, evidence, GATES_SHARE, source)]
+        ]
+        # the least saturated one may be the tanh of an LSTM's cell, which gates only the output
+        counted = sorted(inside, reverse=True)[: max(3, len(inside) - 1)]
+        if len(counted) < 3 or min(counted) <= GATES_FRACTION:
+            continue
+        first_layer = float(e.log_activation[0]) if e.layers else 0.0
+        large = max([*e.arg_log_rms, first_layer]) > LARGE_INPUT
+        cause = "input_scale" if large else "weights_too_large"
+        source = (
+            "nine tenths of every gate and candidate of a recurrence in their flat part "
+            "at every step"
+        )
+        evidence = {"saturated_fraction": float(min(counted)), "activation": "gates"}
+        place = where("step", 0, recurrence.name)
+        return [Finding("saturated_units", place, cause, evidence, GATES_FRACTION, source)]
     return []
 
 
 def _why_saturated(e: Evidence, index: int) -> str:
+    inputs = max(e.arg_log_rms, default=0.0)
     if index < 0:
-        return (
-            "input_scale"
-            if max(e.arg_log_rms, default=0.0) > math.log(3.0)
-            else "weights_too_large"
-        )
+        return "input_scale" if inputs > LARGE_INPUT else "weights_too_large"
     layer = e.layers[index]
     weights = weight_scale(e, layer)
-    into = e.log_activation[index - 1] if index else max(e.arg_log_rms, default=0.0)
+    into = e.log_activation[index - 1] if index else inputs
     if weights is None or not np.isfinite(into):
         return "weights_too_large"
-    biases = []
-    for leaf in layer.leaves:
-        rows = layer.row is not None and np.ndim(e.leaf_log_rms[leaf]) == 1
-        if len(e.leaf_shapes[leaf]) - int(rows) == 1:
-            value = np.asarray(e.leaf_log_rms[leaf])
-            biases.append(float(value[layer.row] if rows else value))
-    if max(biases, default=-math.inf) > math.log(max(weights, 1e-300)) + into:
+    if _largest_bias(e, layer) > math.log(max(weights, 1e-300)) + into:
         return "bias"
-    return "input_scale" if into > math.log(3.0) and weights < 3.0 else "weights_too_large"
+    return "input_scale" if into > LARGE_INPUT and weights < 3.0 else "weights_too_large"
+
+
+def _largest_bias(e: Evidence, layer: Layer) -> float:
+    """Log rms of a layer's largest bias; -inf without one."""
+    biases = [-math.inf]
+    for leaf in layer.leaves:
+        row = layer.row if np.ndim(e.leaf_log_rms[leaf]) == 1 else None
+        if len(e.leaf_shapes[leaf]) - (row is not None) == 1:
+            biases.append(row_of(e.leaf_log_rms[leaf], row))
+    return max(biases)
 
 
 def symmetric_units(e: Evidence) -> list[Finding]:
-    """All units of a layer alike: the same value, the same gradient, for ever."""
+    """All units of a layer alike: the same value and the same gradient, always."""
     for i in range(e.hidden):
         layer = e.layers[i]
         if layer.site.shape[-1:] in ((), (1,)) or not layer.weighs:
             continue
         zero = e.log_activation[i] == -np.inf and not layer.skip and weight_scale(e, layer) == 0.0
-        if zero or (
-            e.units[i] < 1e-9 and _weights_alike(e, layer)
-        ):  # a large common bias hides the differences
+        # the weights are compared as well, since a large common bias hides the units' differences
+        if zero or (e.units[i] < ALIKE and _weights_alike(e, layer)):
             evidence = {"units_variance_fraction": float(e.units[i])}
-            source = "variance over units below 1e-9 of the mean square: rounding alone; equal units stay equal"
-            return [
-                Finding(
-                    "symmetric_units", layer_place(e, i), "identical_init", evidence, 1e-9, source
-                )
-            ]
+            return [Finding("symmetric_units", layer_place(e, i), "identical_init", evidence)]
     return []
 
 
-def _weights_alike(e: Evidence, layer: Any) -> bool:
+def _weights_alike(e: Evidence, layer: Layer) -> bool:
     """Whether every kernel of a layer has the same weights for all of its outputs."""
-    kernels = [leaf for leaves, _, _ in layer.kernels for leaf in leaves]
-    for leaf in kernels:
-        stacked = layer.row is not None and np.ndim(e.leaf_log_rms[leaf]) > 0
-        w = np.asarray(e.params[leaf][layer.row] if stacked else e.params[leaf], np.float64)
-        if w.ndim > 1 and min(np.mean(np.var(w, axis=axis)) for axis in (0, -1)) > 1e-9 * np.mean(
-            w**2
-        ):
+    for leaf in (leaf for leaves, _, _ in layer.kernels for leaf in leaves):
+        w = _own_weights(e, layer, leaf).astype(np.float64)
+        if w.ndim < 2:
+            continue
+        variance = min(np.mean(np.var(w, axis=axis)) for axis in (0, -1))
+        if variance > ALIKE * np.mean(w**2):
             return False
     return True
 
 
+def _own_weights(e: Evidence, layer: Layer, leaf: int) -> np.ndarray:
+    """A layer's own part of a parameter leaf."""
+    row = row_of_leaf(e, layer, leaf)
+    return np.asarray(e.params[leaf] if row is None else e.params[leaf][row])
+
+
 def rank_collapse(e: Evidence) -> list[Finding]:
     """All examples, or all positions of an example, become one point."""
-    attention = any(a.site.kind == "softmax" for a, _ in e.activations)
+    tokens, examples = e.tokens[hidden(e)], e.examples[hidden(e)]
     # ReLU at He's initialisation, the slowest healthy law of examples: 1 - c_L = (9 pi^2 / 2) / L^2
-    law = min(1e-3, 0.05 * 4.5 * math.pi**2 / max(e.hidden, 1) ** 2)
-    for of, fraction, threshold in (("tokens", e.tokens, 1e-3), ("examples", e.examples, law)):
-        d = fraction[hidden(e)]
-        if of == "examples" and not np.isnan(e.tokens[hidden(e)]).all():
-            continue  # positions tell the examples of a sequence apart
-        if len(d) < 2 or np.isnan(d).any() or d[0] < 1e-2 or not (d < threshold).any():
-            continue
-        falls = -np.diff(np.log(np.maximum(d, 1e-15)))
-        first, _ = guilty_run(falls)
-        source = (
-            "variance over examples or positions, a share of the mean square, below 1e-3 (Dong et al. 2021, arXiv "
-            "2103.03404) and below a twentieth of that of a critical ReLU network, 1 - c_L = (9 pi^2/2)/L^2 (Hayou et "
-            "al. 2019, arXiv 1902.06853)"
-        )
-        evidence = {
-            "fraction": float(d[-1]),
-            "of": of,
-            "collapsed_at": e.layers[int(np.argmax(d < threshold))].name,
-        }
-        skips = fraction_of(e.layers[1 : e.hidden], lambda x: x.skip) > 0.5
-        cause = "averaging" if attention and not skips else "weights_too_small"
-        return [
-            Finding("rank_collapse", layer_place(e, first + 1), cause, evidence, threshold, source)
-        ]
-    return []
+    law = 0.05 * 4.5 * math.pi**2 / max(e.hidden, 1) ** 2
+    found = _collapse(e, "tokens", tokens, COLLAPSED)
+    # where there are positions, they separate the examples of a sequence
+    if not found and np.isnan(tokens).all():
+        found = _collapse(e, "examples", examples, min(COLLAPSED, law))
+    return found
+
+
+def _collapse(e: Evidence, of: str, variance: np.ndarray, threshold: float) -> list[Finding]:
+    """The finding for one kind of variance (layers,), a fraction of the mean square."""
+    if len(variance) < 2 or np.isnan(variance).any() or variance[0] < SPREAD:
+        return []
+    below = variance < threshold
+    if not below.any():
+        return []
+    first, _ = growth_run(rises(np.log(np.maximum(variance, 1e-15)), -1.0))
+    evidence = {
+        "fraction": float(variance[-1]),
+        "of": of,
+        "collapsed_at": e.layers[int(np.argmax(below))].name,
+    }
+    attention = any(a.site.kind == "softmax" for a, _ in e.activations)
+    skips = fraction_of(e.layers[1 : e.hidden], lambda x: x.skip) > 0.5
+    cause = "averaging" if attention and not skips else "weights_too_small"
+    return [Finding("rank_collapse", layer_place(e, first + 1), cause, evidence, threshold)]
 
 
 def attention_logit_growth(e: Evidence) -> list[Finding]:
@@ -235,82 +245,54 @@ def attention_logit_growth(e: Evidence) -> list[Finding]:
         if activation.site.kind != "softmax" or seen is None:
             continue
         deviation, keys, largest = (_rows(x) for x in seen)
-        threshold = np.sqrt(2 * np.log(np.maximum(keys, 2.0)))
-        bad = np.flatnonzero((deviation > 2 * threshold) & (largest > 0.9))
-        if bad.size:
-            row = int(bad[0]) if activation.site.lead else None
-            evidence = {
-                "logit_deviation": float(deviation[bad[0]]),
-                "largest_fraction": float(largest[bad[0]]),
-            }
-            source = (
-                "standard deviation of a row's logits above 2 sqrt(2 log keys), twice where a softmax of Gaussian "
-                "logits freezes (Derrida 1981, random energy model); cf. Dehghani et al. 2023, arXiv 2302.05442"
-            )
-            place = _activation_place(e, activation, row)
-            limit, weights = float(2 * threshold[bad[0]]), _weights_at(e, place["index"])
-            cause = (
-                "weights_too_large" if weights is not None and weights > 2 else "attention_scale"
-            )
-            return [Finding("attention_logit_growth", place, cause, evidence, limit, source)]
+        threshold = 2 * np.sqrt(2 * np.log(np.maximum(keys, 2.0)))
+        bad = np.flatnonzero((deviation > threshold) & (largest > SHARP_WEIGHT))
+        if not bad.size:
+            continue
+        first = bad[0]
+        evidence = {
+            "logit_deviation": float(deviation[first]),
+            "largest_fraction": float(largest[first]),
+        }
+        place = _activation_place(e, activation, _first_row(activation, bad))
+        index = place["index"]
+        weights = weight_scale(e, e.layers[index]) if index >= 0 else None
+        large = weights is not None and weights > 2
+        cause = "weights_too_large" if large else "attention_scale"
+        limit = float(threshold[first])
+        return [Finding("attention_logit_growth", place, cause, evidence, limit)]
     return []
-
-
-SVD_WORK = 2e8  # cubes of widths: a second or two of singular values
-
-
-def _weights_at(e: Evidence, index: int) -> float | None:
-    return weight_scale(e, e.layers[index]) if index >= 0 else None
 
 
 def ill_conditioned_jacobian(e: Evidence) -> list[Finding]:
     """A layer whose weights pass fewer than a quarter of the directions that they could."""
     work = sum(min(fan_in, fan_out) ** 3 for x in e.layers for _, fan_in, fan_out in x.kernels)
-    for i in range(
-        0, e.hidden, 1 + int(work / SVD_WORK)
-    ):  # of a very deep network a part of the layers
+    # a very deep network has only every second, third, ... layer decomposed
+    for i in range(0, e.hidden, 1 + int(work / SVD_WORK)):
         layer = e.layers[i]
-        if layer.skip or not layer.kernels:
+        if layer.skip:
             continue
         for leaves, fan_in, fan_out in layer.kernels:
             if len(leaves) != 1:
                 continue
-            (leaf,) = leaves
-            stacked = layer.row is not None and np.ndim(e.leaf_log_rms[leaf]) > 0
-            w = e.params[leaf][layer.row] if stacked else e.params[leaf]
-            if (
-                w.size != fan_in * fan_out
-                or w.ndim != 2
-                or min(w.shape) < 4
-                or not np.isfinite(w.astype(np.float64)).all()
-                or w.size > 2**20
-            ):
+            w = _own_weights(e, layer, *leaves)
+            if not _is_decomposed(w, fan_in * fan_out):
                 continue
             values = np.linalg.svd(w.astype(np.float64), compute_uv=False)
-            middle = values[len(values) // 4]
-            if values[0] > 0 and middle < values[0] * math.exp(-GROWTH_NATS):
-                evidence = {
-                    "log_condition_of_a_quarter": float(np.log(values[0] / max(middle, 1e-300)))
-                }
-                source = (
-                    "three quarters of a layer's singular values lie more than 6 nats (a factor of 400) below the "
-                    "largest; of Gaussian weights the upper quarter lies within 1 nat (Marchenko & Pastur 1967)"
-                )
+            quarter = values[len(values) // 4]
+            if values[0] > 0 and quarter < values[0] * math.exp(-GROWTH_NATS):
+                condition = float(np.log(values[0] / max(quarter, 1e-300)))
+                evidence = {"log_condition_of_a_quarter": condition}
                 place = layer_place(e, i)
-                return [
-                    Finding(
-                        "ill_conditioned_jacobian",
-                        place,
-                        "low_rank_weights",
-                        evidence,
-                        GROWTH_NATS,
-                        source,
-                    )
-                ]
+                return [Finding("ill_conditioned_jacobian", place, "low_rank_weights", evidence)]
     return []
 
 
-SHATTERED_COSINE = 0.2
+def _is_decomposed(w: np.ndarray, size: int) -> bool:
+    """Whether weights are a matrix of that size, neither tiny nor huge, of finite entries."""
+    if w.size != size or w.ndim != 2 or min(w.shape) < 4 or w.size > SVD_SIZE:
+        return False
+    return bool(np.isfinite(w.astype(np.float64)).all())
 
 
 def shattered_gradients(e: Evidence) -> list[Finding]:
@@ -321,22 +303,8 @@ def shattered_gradients(e: Evidence) -> list[Finding]:
     if measured is None or measured[0] > SHATTERED_COSINE:
         return []
     cosine, change = measured
-    cause = (
-        "frequency" if change > 0.3 else "normalized_chaos"
-    )  # features that oscillate move at once
-    first = e.layers[0].name if e.layers else "input"
-    source = (
-        "cosine below 0.2 between the loss's gradients at inputs 1% apart; white noise has 0, a smooth loss 1 "
-        "(Balduzzi et al. 2017, arXiv 1702.08591)"
-    )
+    # features that oscillate already differ in the second layer
+    cause = "frequency" if change > 0.3 else "normalized_chaos"
+    place = where("layer", 0, e.layers[0].name if e.layers else "input")
     evidence = {"cosine": cosine, "change_of_second_layer": change}
-    return [
-        Finding(
-            "shattered_gradients",
-            where("layer", 0, first),
-            cause,
-            evidence,
-            SHATTERED_COSINE,
-            source,
-        )
-    ]
+    return [Finding("shattered_gradients", place, cause, evidence)]
