@@ -115,15 +115,6 @@ def to_unit_norm(eps: float) -> Callable[[Tree], Tree]:
     return reference
 
 
-def pruned(tree: Tree) -> Tree:
-    out = {}
-    for k, x in tree.items():
-        flat = x.ravel().copy()
-        flat[np.argsort(np.abs(flat), kind="stable")[: flat.size // 2]] = 0
-        out[k] = flat.reshape(x.shape)
-    return out
-
-
 def example_mean(tree: Tree) -> Tree:
     """Over the leading axis, of examples that are each clipped to the norm 1."""
     each = [by_tree(1.0)({k: x[b] for k, x in tree.items()}) for b in range(2)]
@@ -172,7 +163,6 @@ RULES = {
         lambda: T.per_example_clip(1.0), example_mean, optax_per_example, examples=True
     ),
     "clip_by_layer_norm": Rule(lambda: T.clip_by_layer_norm(1.0), by_leaf(lambda x: 1.0)),
-    "prune_gradients": Rule(lambda: T.prune_gradients(0.5), pruned),
     "autoclip": Rule(lambda: T.autoclip(50.0, window=8), by_tree(WHOLE), primed=7),
     "historical_clip": Rule(
         lambda: T.historical_clip(3.0, 8, warmup_steps=4), by_tree(WHOLE), primed=7
@@ -321,12 +311,13 @@ def main() -> None:
     console = Console(width=max(150, Console().width))
     console.print(table)
     console.print(
-        "= right   ~ rounded   ! flagged   0 silent zero   N silent NaN   U silently unclipped   W silently wrong"
+        "= right   ~ rounded   ! flagged   0 silent zero   N silent NaN   U silently unclipped   "
+        "W silently wrong"
     )
     console.print(
         f"silent failures: Optax's {summary['silent_optax']} of {summary['cells_optax']} cells; "
-        f"ours {summary['silent_ours_where_optax_has_the_rule']} of the same, {summary['silent_ours']} of all "
-        f"{summary['cells_ours']}"
+        f"ours {summary['silent_ours_where_optax_has_the_rule']} of the same, "
+        f"{summary['silent_ours']} of all {summary['cells_ours']}"
     )
 
 

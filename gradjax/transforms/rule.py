@@ -1,19 +1,19 @@
-"""What every rule shares: its state with telemetry, `telemetry(opt_state)`, `stacked=`, checks of
-static arguments.
+"""Shared by all rules: the state with its telemetry, `telemetry(opt_state)`, `stacked=`, and checks
+of static arguments.
 
 A rule is one pure function on the updates, wrapped by `rule` into an
 `optax.GradientTransformationExtraArgs`:
 
     update(updates, memory, params) -> Outcome(updates, memory, log2_norm, clipped)
 
-`RuleState` records log2_norm before the rule, whether (or which share of it) was clipped, and the
-running mean of that. Its structure is fixed, so it lives in `lax.scan` and in a checkpoint; its
-rule's name is static.
+`RuleState` records the log2 norm before the rule, what fraction the rule clipped in this step, and
+the running mean of that fraction. The state has a fixed structure, so it can live in `lax.scan` and
+in a checkpoint; the rule's name, and whether it clips, are static.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,71 +30,86 @@ Stacked = PyTree | Callable[[str], bool] | None
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RuleState:
-    """State of a rule: what it remembers, and what it has seen."""
+    """State of a rule: what it remembers and what it has measured.
 
-    telemetry: dict[
-        str, PyTree
-    ]  # scalars, `Figures`, or params-shaped trees of scalars ((depth,) for a stacked leaf)
+    Attributes:
+      telemetry: field -> scalar, `TelemetryBuffer`, or a tree of the structure of the params with
+        scalar leaves ((depth,) for a stacked leaf).
+      memory: what the rule needs at the next step.
+      rule: the rule's name.
+      clips: whether the rule bounds gradients by a threshold, so that a clip fraction of 0 or 1
+        says something about that threshold.
+    """
+
+    telemetry: dict[str, PyTree]
     memory: PyTree
     rule: str = dataclasses.field(metadata={"static": True})
+    clips: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TelemetryBuffer:
-    """Many scalars of the last measured steps as one array: a step that returns each by itself pays
-    for each.
+    """Many scalars of the last measured steps in one array, since each output of a step costs time.
 
-    The names are static: they cost the compiled step nothing, and a checkpoint holds the numbers alone.
+    The names are static: they cost the compiled step nothing, and a checkpoint holds only the
+    numbers.
+
+    Attributes:
+      values: (..., rows, fields, groups), the newest row last; a group is a leaf, or a layer of a
+        stacked leaf.
+      fields: names of the second to last axis.
+      leaves: (key path, number of layers or 0 if not stacked) of every leaf.
+      every: steps from one row to the next.
     """
 
-    values: Array  # (..., rows, fields, groups), the newest row last; groups: leaves, and layers of a stacked leaf
+    values: Array
     fields: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    leaves: tuple[tuple[str, int], ...] = dataclasses.field(
-        metadata={"static": True}
-    )  # key path, layers (0: no stack)
-    every: int = dataclasses.field(
-        default=1, metadata={"static": True}
-    )  # steps from one row to the next
+    leaves: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})
+    every: int = dataclasses.field(default=1, metadata={"static": True})
 
     def named(self) -> dict[str, Any]:
-        """The newest row: `<field>/<key path>` -> () or (layers,), behind the axes of a vmap; NumPy
-        unless traced.
-        """
+        """The newest row: `<field>/<key path>` -> (...,) or (..., layers); NumPy unless traced."""
         values = self.values if isinstance(self.values, Tracer) else np.asarray(self.values)
-        columns = [
-            (name, part)
-            for name, part in zip((x for x, _ in self.leaves), self.columns(), strict=True)
-        ]
+        names = [name for name, _ in self.leaves]
         return {
-            f"{field}/{name}": values[..., -1, i, part]
+            f"{field}/{name}": values[..., -1, i, column]
             for i, field in enumerate(self.fields)
-            for name, part in columns
+            for name, column in zip(names, self.columns(), strict=True)
         }
 
     def columns(self) -> list[int | slice]:
         """Where each leaf's groups are on the last axis of `values`."""
-        ends = np.cumsum([0] + [layers or 1 for _, layers in self.leaves]).tolist()
-        return [
-            slice(a, b) if layers else a
-            for a, b, (_, layers) in zip(ends, ends[1:], self.leaves, strict=False)
-        ]
+        found, start = [], 0
+        for _, layers in self.leaves:
+            found.append(slice(start, start + layers) if layers else start)
+            start += layers or 1
+        return found
 
 
 class Outcome(NamedTuple):
-    """What a rule returns for one step."""
+    """What a rule returns for one step.
+
+    Attributes:
+      updates: the new updates.
+      log2_norm: before the rule, inf and NaN included.
+      clipped: the fraction in [0, 1] of what the rule changed; the structure of `log2_norm`.
+      memory: for the next step.
+      extra: further telemetry.
+    """
 
     updates: PyTree
-    log2_norm: PyTree  # before the rule; inf and NaN as they came
-    clipped: PyTree  # the share in [0, 1] of what the rule changed, of the structure of log2_norm
+    log2_norm: PyTree
+    clipped: PyTree
     memory: PyTree = ()
-    extra: dict[str, PyTree] = {}  # further telemetry
+    extra: dict[str, PyTree] = {}
 
 
 def rule(
     name: str,
     update: Callable[[PyTree, PyTree, PyTree], Outcome],
     init: Callable[[PyTree], PyTree] | None = None,
+    clips: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """An Optax transform from a function on the updates.
 
@@ -102,81 +117,108 @@ def rule(
       name: the rule's name in the telemetry.
       update: (updates, memory, params or None) -> `Outcome`.
       init: params -> memory; None for a rule without memory.
+      clips: whether it bounds gradients by a threshold (see `RuleState`).
     """
 
     def init_fn(params):
         memory = () if init is None else init(params)
-        seen = jax.eval_shape(update, params, memory, params)
-        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+        shapes = jax.eval_shape(update, params, memory, params)
+
+        def zeros(tree):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
         telemetry = {
-            "log2_norm": zeros(seen.log2_norm),
-            "clipped": zeros(seen.clipped),
-            "clip_fraction": zeros(seen.clipped),
-            "count": jnp.zeros((), jnp.int32),
-            **zeros(seen.extra),
+            "log2_norm": zeros(shapes.log2_norm),
+            "clipped": zeros(shapes.clipped),
+            "clip_fraction": zeros(shapes.clipped),
+            "count": count_of(),
+            **zeros(shapes.extra),
         }
-        return RuleState(telemetry, memory, name)
+        return RuleState(telemetry, memory, name, clips)
 
     def update_fn(updates, state, params=None, **_):
         out = update(updates, state.memory, params)
-        count = state.telemetry["count"] + 1
-        mean = lambda old, new: old + (new - old) / count.astype(old.dtype)
-        fraction = jax.tree.map(mean, state.telemetry["clip_fraction"], out.clipped)
-        telemetry = {
-            "log2_norm": out.log2_norm,
-            "clipped": out.clipped,
-            "clip_fraction": fraction,
-            "count": count,
-        }
-        return out.updates, RuleState(telemetry | out.extra, out.memory, name)
+        telemetry = count_step(state.telemetry, out.log2_norm, out.clipped)
+        return out.updates, RuleState(telemetry | out.extra, out.memory, name, clips)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
 
 
-def telemetry(opt_state: PyTree) -> dict[str, Array]:
-    """Every rule's telemetry of an optimiser state, flat: `<position>.<rule>/<field>[/<leaf>]` ->
-    array.
+def count_step(telemetry: dict[str, PyTree], log2_norm: PyTree, clipped: PyTree) -> dict:
+    """The telemetry that all rules have, one step later."""
+    count = telemetry["count"] + 1
 
-    The position is the place in the chain ("0", "1.0" in a chain within a chain; names where the wrapper has names, as
-    the labels of `optax.multi_transform`). Works through chains, masks, `multi_transform` and `inject_hyperparams`;
-    under jit and vmap the values are traced or batched, the keys static. The figures of `watch` are read on the host.
+    def mean(old, new):
+        return old + (new - old) / count.astype(old.dtype)
+
+    return {
+        "log2_norm": log2_norm,
+        "clipped": clipped,
+        "clip_fraction": jax.tree.map(mean, telemetry["clip_fraction"], clipped),
+        "count": count,
+    }
+
+
+def count_of(value: int = 0) -> Array:
+    """`value` as an int32 scalar."""
+    return jnp.full((), value, jnp.int32)
+
+
+# Reading an optimiser state
+
+
+def telemetry(opt_state: PyTree) -> dict[str, Array]:
+    """Every rule's telemetry, flat: `<position>.<rule>/<field>[/<leaf>]` -> array.
+
+    The position is the place in the chain ("0"; "1.0" in a chain within a chain; a label where the
+    wrapper has labels, as `optax.multi_transform` does). Works through chains, masks,
+    `multi_transform` and `inject_hyperparams`. Under jit and vmap the values are traced or batched
+    and the keys are static. The rows of `watch` are converted to NumPy unless they are traced.
 
     >>> import jax.numpy as jnp, optax
     >>> from gradjax.transforms import clip_by_global_norm
     >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
     >>> _, state = tx.update({"w": jnp.full(4, 1e20)}, tx.init({"w": jnp.zeros(4)}))
-    >>> {k: round(float(v), 2) for k, v in telemetry(state).items()}["0.clip_by_global_norm/log2_norm"]
+    >>> round(float(telemetry(state)["0.clip_by_global_norm/log2_norm"]), 2)
     67.44
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        opt_state, is_leaf=lambda x: isinstance(x, RuleState)
-    )
     found = {}
-    for path, node in flat:
-        if not isinstance(node, RuleState):
-            continue
-        position = ".".join(part for part in map(_part, path) if part) or "0"
-        for field, tree in node.telemetry.items():
+    for name, state in _named_rules(opt_state):
+        for field, tree in state.telemetry.items():
             if isinstance(tree, TelemetryBuffer):
-                found.update(
-                    {
-                        f"{position}.{node.rule}/{name}": value
-                        for name, value in tree.named().items()
-                    }
-                )
+                found |= {f"{name}/{key}": value for key, value in tree.named().items()}
                 continue
-            leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-            for leaf_path, value in leaves:
-                leaf = "/" + jax.tree_util.keystr(leaf_path) if leaf_path else ""
-                found[f"{position}.{node.rule}/{field}{leaf}"] = value
-        found.update({f"{position}.{key}": value for key, value in telemetry(node.memory).items()})
+            for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
+                leaf = "/" + jax.tree_util.keystr(path) if path else ""
+                found[f"{name}/{field}{leaf}"] = value
     return found
 
 
-def _part(key: Any) -> str:
-    """One step of a path in an optimiser state: indices and labels count, the wrappers' field names
-    do not.
+def clipping_rules(opt_state: PyTree) -> tuple[str, ...]:
+    """The `<position>.<rule>` of every rule that clips, as the keys of `telemetry` begin.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from gradjax.transforms import autoclip
+    >>> clipping_rules(optax.chain(autoclip(), optax.sgd(0.1)).init(jnp.zeros(3)))
+    ('0.autoclip',)
     """
+    return tuple(name for name, state in _named_rules(opt_state) if state.clips)
+
+
+def _named_rules(opt_state: PyTree, prefix: str = "") -> Iterator[tuple[str, RuleState]]:
+    """(`<position>.<rule>`, state) of every rule; a wrapper comes before the rules inside it."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        opt_state, is_leaf=lambda x: isinstance(x, RuleState)
+    )
+    for path, node in flat:
+        if isinstance(node, RuleState):
+            position = prefix + (".".join(part for part in map(_part, path) if part) or "0")
+            yield f"{position}.{node.rule}", node
+            yield from _named_rules(node.memory, f"{position}.")
+
+
+def _part(key: Any) -> str:
+    """One step of a path in an optimiser state; wrappers' field names are left out."""
     if isinstance(key, jax.tree_util.SequenceKey):
         return str(key.idx)
     if isinstance(key, jax.tree_util.DictKey):
@@ -185,7 +227,7 @@ def _part(key: Any) -> str:
     return "" if name in ("inner_state", "inner_states", "inner_opt_state") else name
 
 
-# -- which axes form a group -----------------------------------------------------------------------------
+# Groups of entries
 
 
 def stacked_leaves(stacked: Stacked, tree: PyTree) -> PyTree:
@@ -195,35 +237,34 @@ def stacked_leaves(stacked: Stacked, tree: PyTree) -> PyTree:
       stacked: None (no leaf), a bool, a prefix tree of bools, or a predicate on the leaf's key path
         (`lambda path: "layers" in path`, the path as `jax.tree_util.keystr` writes it).
       tree: the updates or params.
+
+    Raises:
+      ValueError: if the structure is not a prefix of the tree's, or a stacked leaf is a scalar.
     """
     if callable(stacked):
         named = jax.tree_util.tree_map_with_path(
             lambda path, _: bool(stacked(jax.tree_util.keystr(path))), tree
         )
     else:
+        prefix = False if stacked is None else stacked
         try:
-            prefix = False if stacked is None else stacked
             named = jax.tree.map(
                 lambda flag, branch: jax.tree.map(lambda _: bool(flag), branch), prefix, tree
             )
         except ValueError as error:
             raise ValueError(
-                f"stacked: its structure {jax.tree.structure(stacked)} is no prefix of the updates' "
-                f"{jax.tree.structure(tree)}; pass a prefix tree of bools or a predicate on the key path."
+                f"stacked: its structure {jax.tree.structure(stacked)} is not a prefix of the "
+                f"updates' {jax.tree.structure(tree)}; pass a prefix tree of bools or a predicate "
+                "on the key path."
             ) from error
-    scalar = [
-        flag and jnp.ndim(x) == 0
-        for flag, x in zip(jax.tree.leaves(named), jax.tree.leaves(tree), strict=True)
-    ]
-    if any(scalar):
+    pairs = zip(jax.tree.leaves(named), jax.tree.leaves(tree), strict=True)
+    if any(flag and jnp.ndim(x) == 0 for flag, x in pairs):
         raise ValueError("stacked: a scalar leaf has no layer axis; leave it out of `stacked`.")
     return named
 
 
 def columns(structure: Any, rows: Sequence[tuple], count: int) -> list[PyTree]:
-    """The `count` trees whose leaves are the columns of rows, one row for each leaf of the
-    structure.
-    """
+    """`count` trees from one row per leaf: tree k has the k-th entry of each row."""
     return [jax.tree.unflatten(structure, [row[k] for row in rows]) for k in range(count)]
 
 
@@ -232,14 +273,20 @@ def layer_axes(x: Array, is_stacked: bool) -> tuple[int, ...]:
     return tuple(range(int(is_stacked), jnp.ndim(x)))
 
 
-# -- checks ----------------------------------------------------------------------------------------------
+# Checks
 
 
 def check_number(
     where: str, value: Any, low: float = 0.0, high: float = math.inf, *, open_low: bool = False
 ) -> None:
-    """Refuse a static number outside [low, high] ((low, high] with `open_low`) or NaN; traced
-    values pass.
+    """Refuse NaN and static numbers outside [low, high]; traced values pass.
+
+    Args:
+      where: begins the message.
+      value: a number or an array of numbers.
+      low: smallest allowed value.
+      high: largest allowed value.
+      open_low: whether `low` itself is refused.
 
     Raises:
       ValueError: with the value and the allowed range.
