@@ -22,7 +22,6 @@ from gradjax.report import files
 
 if TYPE_CHECKING:
     import xarray as xr
-    from matplotlib.figure import Figure
 
 PyTree = Any
 
@@ -78,7 +77,7 @@ class Diagnosis:
             }
         )
 
-    def figure(self) -> Figure:
+    def figure(self) -> Any:
         """A matplotlib figure of signals and gradients per layer, with the findings' places marked.
 
         Raises:
