@@ -4,7 +4,7 @@
 
 on small images: a 3x3 convolution to `width` channels (twice the growth, as in the paper's
 DenseNet-BC), then three dense blocks (fewer where depth is less than 3) over which `depth` layers
-are shared out, with a transition between two blocks: phi(norm(h)), a 1x1 convolution to half the
+are divided, with a transition between two blocks: phi(norm(h)), a 1x1 convolution to half the
 channels, the mean of 2x2 pixels. A last phi(norm(h)) and the mean over pixels come before the
 logits. Layers have unequal shapes, so compile time grows with depth.
 """
@@ -13,16 +13,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gradjax.experiment.models.convolution import (
-    Conv,
-    Network,
-    Part,
-    part,
-    pool,
-    settings,
-    blocks_per_stage,
-)
-from gradjax.experiment.models.layers import Treated
+from gradjax.experiment.models.convolution import Conv, blocks_per_stage, pool
+from gradjax.experiment.models.layers import Treated, settings
+from gradjax.experiment.models.network import Network, Part, part
 from gradjax.experiment.models.resnet import Head, Rectify, Stem
 
 
@@ -36,7 +29,8 @@ class Append(Treated):
     def __call__(self, h: Array, train: bool) -> Array:
         """(..., side, side, channels) -> (..., side, side, channels + growth)."""
         a = settings(self, Rectify, name="rectify")(h, train)
-        return jnp.concatenate([h, settings(self, Conv, features=self.growth, name="conv")(a)], -1)
+        new = settings(self, Conv, features=self.growth, name="conv")(a)
+        return jnp.concatenate([h, new], -1)
 
 
 class Transition(Treated):
@@ -48,10 +42,8 @@ class Transition(Treated):
     def __call__(self, h: Array, train: bool) -> Array:
         """(..., side, side, channels) -> (..., side / 2, side / 2, channels / 2)."""
         a = settings(self, Rectify, name="rectify")(h, train)
-        return pool(
-            settings(self, Conv, features=max(h.shape[-1] // 2, 1), size=1, name="conv")(a),
-            average=True,
-        )
+        half = max(h.shape[-1] // 2, 1)
+        return pool(settings(self, Conv, features=half, size=1, name="conv")(a), average=True)
 
 
 class DenseNet(Network, kw_only=True):
@@ -61,12 +53,12 @@ class DenseNet(Network, kw_only=True):
     width: int
 
     def _parts(self, x: Array) -> list[Part]:
-        parts, layer = [part("embed", self, Stem)], 0
+        parts = [part("embed", self, Stem)]
+        growth, layer = max(self.width // 2, 1), 0
         for stage, count in enumerate(blocks_per_stage(self.depth)):
-            parts += [part(f"transition_{stage}", self, Transition)] if stage else []
-            parts += [
-                part(f"dense_{layer + i + 1}", self, Append, growth=max(self.width // 2, 1))
-                for i in range(count)
-            ]
-            layer += count
+            if stage:
+                parts.append(part(f"transition_{stage}", self, Transition))
+            for _ in range(count):
+                layer += 1
+                parts.append(part(f"dense_{layer}", self, Append, growth=growth))
         return [*parts, part("readout", self, Head)]

@@ -2,13 +2,13 @@
 
     z = W h + b,   W ~ sigma_w * (the distribution `weights`),   b ~ N(0, sigma_b^2)
 
-Each part is named as `gradjax.config.Model` names the setting that chooses it, and every float may
+Each part is named after the setting of `gradjax.config.Model` that chooses it, and every float may
 be traced. `weights = "lsuv"` scales an orthogonal W by the data that the module is initialised on
-(Mishkin & Matas 2016, arXiv 1511.06422, algorithm 1, whose iteration a linear map ends at once): W
-h has variance sigma_w^2, 1 in the paper. So initialise on a real batch. `weight_standardization`
-(Qiao et al. 2019, arXiv 1903.10520, eq. 4; with the scale 1 / sqrt(fan_in) of Brock et al. 2021,
-arXiv 2101.08692, eq. 5) subtracts from each unit's incoming weights their mean and divides by their
-deviation; sigma_w is then a fixed factor, Brock's gain gamma.
+(Mishkin & Matas 2016, arXiv 1511.06422, algorithm 1, whose iteration ends at once for a linear
+map): W h has variance sigma_w^2, 1 in the paper. So initialise on a real batch.
+`weight_standardization` (Qiao et al. 2019, arXiv 1903.10520, eq. 4; with the scale 1 / sqrt(fan_in)
+of Brock et al. 2021, arXiv 2101.08692, eq. 5) subtracts the mean of each unit's incoming weights
+and divides by their deviation; sigma_w is then a fixed factor, Brock's gain gamma.
 """
 
 import math
@@ -22,41 +22,66 @@ from jax import Array
 
 from gradjax.core.activations import at_depth
 from gradjax.core.initializers import WEIGHTS, bias
+from gradjax.experiment.tasks.images import image_shape
+
+
+class Treated(nn.Module):
+    """The settings that a hidden layer of any architecture has."""
+
+    activation: str
+    sigma_w: float | Array
+    sigma_b: float | Array
+    weights: str
+    weight_standardization: bool
+    normalization: str
+
+
+def settings(owner: nn.Module, kind: Callable[..., Any], /, **own: Any) -> Any:
+    """`kind` with its `own` fields, and every other field that the module `owner` has as well."""
+    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    names = set(fields) - {"name", "parent", *own}
+    shared = {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+    return kind(**shared, **own)
 
 
 def weight(
-    module: nn.Module, h: Array, shape: tuple[int, ...], apply: Callable[[Array, Array], Array]
+    module: Any, h: Array, shape: tuple[int, ...], apply: Callable[[Array, Array], Array]
 ) -> Array:
-    """The kernel of an affine map `apply(h, kernel)` as the module's fields ask for it.
+    """The kernel of the affine map `apply(h, kernel)`, made as the fields of `module` say.
+
+    Args:
+      module: has the fields `weights`, `sigma_w` and `weight_standardization`, and gets the
+        parameter "kernel".
+      h: input of the map; LSUV looks at it.
+      shape: of the kernel, outputs last.
+      apply: (h, kernel) -> the map's output without its bias.
 
     Raises:
-      ValueError: LSUV of weights whose scale is standardised away.
+      ValueError: LSUV together with weight standardisation.
     """
     if reason := no_scale(module):
         raise ValueError(reason)
-    draw = WEIGHTS[module.weights](module.sigma_w)  # type: ignore[attr-defined]
+    draw = WEIGHTS[module.weights](module.sigma_w)
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         kernel = draw(key, shape, dtype)
-        if module.weights != "lsuv":  # type: ignore[attr-defined]
+        if module.weights != "lsuv":
             return kernel
-        return kernel * module.sigma_w / jnp.maximum(jnp.std(apply(h, kernel)), 1e-6)  # type: ignore[attr-defined]
+        return kernel * module.sigma_w / jnp.maximum(jnp.std(apply(h, kernel)), 1e-6)
 
     kernel = module.param("kernel", init, shape)
-    if not module.weight_standardization:  # type: ignore[attr-defined]
+    if not module.weight_standardization:
         return kernel
-    return jnp.asarray(module.sigma_w, kernel.dtype) * standardized(kernel)  # type: ignore[attr-defined]
+    return jnp.asarray(module.sigma_w, kernel.dtype) * standardized(kernel)
 
 
 def no_scale(model: Any) -> str:
-    """Why weights whose scale is standardised away have no LSUV, where it is asked for; empty where
-    not.
-    """
+    """Why LSUV cannot be combined with weight standardisation; empty where it is not."""
     if model.weights != "lsuv" or not model.weight_standardization:
         return ""
     return (
-        "models: model.weights = 'lsuv' sets the scale of the weights, and model.weight_standardization takes it away "
-        "again; choose one of the two."
+        "models: model.weights = 'lsuv' sets the scale of the weights, and "
+        "model.weight_standardization takes it away again; choose one of the two."
     )
 
 
@@ -68,10 +93,13 @@ def standardized(kernel: Array) -> Array:
     return centred * jax.lax.rsqrt(variance * math.prod(kernel.shape[:-1]) + 1e-8)
 
 
+def plus(z: Array, vector: Array) -> Array:
+    """`z` plus a vector along its last axis; the broadcast is explicit for strict promotion."""
+    return z + jnp.broadcast_to(vector, z.shape)
+
+
 class Dense(nn.Module):
-    """z = W h + b over the last axis; a `bias_start` is where every b begins, in place of the
-    distribution.
-    """
+    """z = W h + b over the last axis; all of b starts at `bias_start` where one is given."""
 
     width: int
     weights: str = "gaussian"
@@ -88,12 +116,11 @@ class Dense(nn.Module):
         z = h @ kernel
         if not self.use_bias:
             return z
-        start = (
-            bias(self.sigma_b)
-            if self.bias_start is None
-            else nn.initializers.constant(self.bias_start)
-        )
-        return z + jnp.broadcast_to(self.param("bias", start, (self.width,)), z.shape)
+        if self.bias_start is None:
+            start = bias(self.sigma_b)
+        else:
+            start = nn.initializers.constant(self.bias_start)
+        return plus(z, self.param("bias", start, (self.width,)))
 
 
 class Dropout(nn.Module):
@@ -103,16 +130,16 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
-        """`h` with a share `rate` of its entries zero and the others divided by 1 - rate."""
+        """`h` with a fraction `rate` of its entries zero and the others divided by 1 - rate."""
         keep = jax.random.uniform(self.make_rng("dropout"), h.shape, h.dtype) >= self.rate
         return jnp.where(keep, h / (1.0 - jnp.asarray(self.rate, h.dtype)), jnp.zeros_like(h))
 
 
 class Activation(nn.Module):
-    """A function of `gradjax.core.activations` by name; `prelu` learns its negative slope from He
-    2015's start, 0.25.
+    """A function of `gradjax.core.activations` by name.
 
-    `depth`, the number of layers in a row that the network has of it, is what `tailored_relu` is tailored to.
+    `prelu` learns its negative slope, starting at 0.25 (He 2015). `depth` is the number of
+    consecutive layers that use it in the network; only `tailored_relu` depends on it.
     """
 
     name_of: str
@@ -127,8 +154,9 @@ class Activation(nn.Module):
 
 
 def normalize(kind: str, z: Array, train: bool) -> Array:
-    """`z` normalised over its last axis, or over the batch with running averages; call it inside a
-    compact module.
+    """`z` normalised over its last axis, or over the batch with running averages.
+
+    Call it inside a compact module, which gets the submodule "norm".
     """
     if kind == "layernorm":
         return nn.LayerNorm(name="norm")(z)
@@ -150,45 +178,22 @@ class Skip(nn.Module):
         """The sum of two states of one shape."""
         scale = jnp.asarray(self.scale, branch.dtype)
         if self.learned:
-            scale = self.param("scale", lambda key: jnp.asarray(self.scale, jnp.float32)).astype(
-                branch.dtype
-            )
+            start = jnp.asarray(self.scale, jnp.float32)
+            scale = self.param("scale", lambda key: start).astype(branch.dtype)
         return h + scale * branch
 
 
 def image_of(x: Array) -> Array:
-    """(..., features) as (..., side, side, channels): 1 channel where the side is whole, else 3."""
-    for channels in (1, 3):
-        side = math.isqrt(x.shape[-1] // channels)
-        if side * side * channels == x.shape[-1]:
-            return x.reshape(*x.shape[:-1], side, side, channels)
-    raise ValueError(
-        f"models: {x.shape[-1]} features are no square image of 1 or 3 channels; choose a task of images, as "
-        "task.name = 'digits', or a model that takes any features, as model.name = 'mlp'."
-    )
+    """(..., features) as (..., side, side, channels), see `image_shape`.
 
-
-class Treated(nn.Module):
-    """The settings that a hidden layer of any architecture has."""
-
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
-    weight_standardization: bool
-    normalization: str
-
-
-def settings(owner: nn.Module, kind: Callable[..., Any], **own: Any) -> Any:
-    """`kind` with the fields that it shares with the module `owner`, and its `own`."""
-    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    shared = [
-        name for name in fields if name not in ("name", "parent", *own) and hasattr(owner, name)
-    ]
-    return kind(**{name: getattr(owner, name) for name in shared}, **own)
-
-
-def fields_of(model: type[nn.Module], config: Any) -> dict[str, Any]:
-    """The settings of a `gradjax.config.Model` that a module declares as its fields."""
-    own = {name for name in model.__dataclass_fields__ if name not in ("name", "parent")}
-    return {name: getattr(config, name) for name in own if hasattr(config, name)}
+    Raises:
+      ValueError: the features are not a square image of 1 or 3 channels.
+    """
+    shape = image_shape(x.shape[-1])
+    if shape is None:
+        raise ValueError(
+            f"models: {x.shape[-1]} features are no square image of 1 or 3 channels; choose a task "
+            "of images, as task.name = 'digits', or a model that takes any features, as "
+            "model.name = 'mlp'."
+        )
+    return x.reshape(*x.shape[:-1], *shape)

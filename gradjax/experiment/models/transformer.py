@@ -1,11 +1,11 @@
-"""Transformer whose depth is one scan, with its norm before, behind or DeepNorm's way, and visible
-attention logits.
+"""Transformer whose depth is one scan, with three placements of its norm.
 
-    pre       h + scale f(norm(h))          (Xiong et al. 2020, arXiv 2002.04745); one norm more before the read-out
+    pre       h + scale f(norm(h))          (Xiong et al. 2020, arXiv 2002.04745); one more norm
+                                            before the read-out
     post      norm(h + scale f(h))          (Vaswani et al. 2017, arXiv 1706.03762)
-    deepnorm  norm(alpha h + scale f(h))    (Wang et al. 2022, arXiv 2203.00555: alpha = (2 N)^(1/4), and the weights of
-                                            value, output and feed-forward times beta = (8
-                                            N)^(-1/4), N = depth)
+    deepnorm  norm(alpha h + scale f(h))    (Wang et al. 2022, arXiv 2203.00555: alpha is
+                                            (2 N)^(1/4), and the weights of value, output and
+                                            feed-forward times beta = (8 N)^(-1/4), N = depth)
 
 f is attention, softmax(q k^T / sqrt(width / num_heads)) v, then two maps, width -> 4 width ->
 width, with `activation` in between. `depth` counts blocks of both. All W ~ sigma_w * (the
@@ -13,13 +13,12 @@ distribution `weights`), b ~ N(0, sigma_b^2), the input map 1 / fan_in. `residua
 with `residual_learned`, is 1; from 0 it is ReZero (Bachlechner et al. 2020, arXiv 2003.04887).
 Dropout acts on what each f returns. Positions are added as sines (Vaswani 2017, section 3.5).
 
-With a target per step (`per_step`) no step sees a later one; else all see all, and the mean over
-the steps is read out. The logits of every block are sown as "attention_logits" into
+With a target per step (`per_step`) attention is causal; otherwise every step sees all, and the mean
+over the steps is read out. The attention logits of every block are sown as "attention_logits" into
 "intermediates".
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,23 +26,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gradjax.core.step import Links, Scan
-from gradjax.experiment.models.layers import Activation, Dense, Dropout, Skip, normalize, settings
-from gradjax.experiment.models.recurrent import check_sequences, no_batchnorm, sequence_of
+from gradjax.experiment.models.layers import (
+    Activation,
+    Dense,
+    Dropout,
+    Skip,
+    Treated,
+    normalize,
+    plus,
+    settings,
+)
+from gradjax.experiment.models.network import LAYERS, Network, Part, Readout, part
+from gradjax.experiment.models.sequences import check_sequences, no_batchnorm, sequence_of
+from gradjax.experiment.schema import Model
 
-PyTree = Any
 
-
-class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself."""
+class Attention(Treated):
+    """Multi-head attention of a sequence to itself; `beta` scales value and output."""
 
     width: int
     num_heads: int
     causal: bool
-    weights: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    beta: float  # on value and output
+    beta: float
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
@@ -51,7 +55,7 @@ class Attention(nn.Module):
         heads = (*h.shape[:-1], self.num_heads, self.width // self.num_heads)
 
         def dense(name: str, scale: float = 1.0) -> Dense:
-            return Dense(self.width, self.weights, self.sigma_w * scale, self.sigma_b, name=name)
+            return settings(self, Dense, sigma_w=self.sigma_w * scale, name=name)
 
         q, k = (dense(name)(h).reshape(heads) for name in ("query", "key"))
         v = dense("value", self.beta)(h).reshape(heads)
@@ -64,25 +68,20 @@ class Attention(nn.Module):
         return dense("out", self.beta)(mixed.reshape(h.shape))
 
 
-class FeedForward(nn.Module):
-    """Two maps of every step by itself."""
+class FeedForward(Treated):
+    """Two maps, applied to every step by itself; `beta` scales both."""
 
     width: int
-    depth: int  # of the network, to which a tailored activation is tailored
-    activation: str
-    weights: str
-    sigma_w: float | Array
-    sigma_b: float | Array
+    depth: int
     beta: float
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         """(..., width) -> (..., width)."""
-        scale = self.sigma_w * self.beta
-        z = Dense(4 * self.width, self.weights, scale, self.sigma_b, name="up")(h)
-        return Dense(self.width, self.weights, scale, self.sigma_b, name="down")(
-            Activation(self.activation, self.depth)(z)
-        )
+        sigma_w = self.sigma_w * self.beta
+        z = settings(self, Dense, width=4 * self.width, sigma_w=sigma_w, name="up")(h)
+        a = Activation(self.activation, self.depth)(z)
+        return settings(self, Dense, sigma_w=sigma_w, name="down")(a)
 
 
 class Norm(nn.Module):
@@ -96,18 +95,13 @@ class Norm(nn.Module):
         return normalize(self.kind, h, train=True)
 
 
-class Block(nn.Module):
+class Block(Treated):
     """Attention and feed-forward maps, each with its skip and norm."""
 
     width: int
     depth: int
-    activation: str
-    sigma_w: float | Array
-    sigma_b: float | Array
-    weights: str
     residual_scale: float | Array
     residual_learned: bool
-    normalization: str
     placement: str
     num_heads: int
     dropout: float | Array | None
@@ -116,30 +110,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
         """The next state, (..., seq_len, width)."""
-        alpha, beta = (
-            ((2 * self.depth) ** 0.25, (8 * self.depth) ** -0.25)
-            if self.placement == "deepnorm"
-            else (1, 1.0)
-        )
-        shared = {
-            "weights": self.weights,
-            "sigma_w": self.sigma_w,
-            "sigma_b": self.sigma_b,
-            "beta": beta,
-        }
-        branches = {
-            "attention": Attention(
-                self.width, self.num_heads, self.causal, **shared, name="attention"
-            ),
-            "mlp": FeedForward(self.width, self.depth, self.activation, **shared, name="mlp"),
-        }
-        for name, branch in branches.items():
+        alpha, beta = 1.0, 1.0
+        if self.placement == "deepnorm":
+            alpha, beta = (2 * self.depth) ** 0.25, (8 * self.depth) ** -0.25
+        for kind, name in ((Attention, "attention"), (FeedForward, "mlp")):
+            branch = settings(self, kind, beta=beta, name=name)
             norm = Norm(self.normalization, name=f"norm_{name}")
             z = branch(norm(h) if self.placement == "pre" else h)
             if self.dropout is not None and train:
                 z = Dropout(self.dropout, name=f"dropout_{name}")(z)
             h = Skip(self.residual_scale, self.residual_learned, name=f"skip_{name}")(alpha * h, z)
-            h = h if self.placement == "pre" else norm(h)
+            if self.placement != "pre":
+                h = norm(h)
         return h
 
 
@@ -149,29 +131,24 @@ class Embed(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, train: bool) -> Array:
         """(..., seq_len, features) -> (..., seq_len, width)."""
         z = Dense(self.width, name="dense")(x)
-        return z + jnp.broadcast_to(positions(x.shape[-2], self.width), z.shape)
+        return plus(z, positions(x.shape[-2], self.width))
 
 
-class Readout(nn.Module):
-    """A norm where the blocks have theirs before the branch, and a linear map, of every step or of
-    their mean.
-    """
+class Head(nn.Module):
+    """A norm, where the blocks have theirs before the branch, and the read-out."""
 
     num_outputs: int
     kind: str
-    per_step: bool
+    averaged: int
 
     @nn.compact
-    def __call__(self, h: Array) -> Array:
+    def __call__(self, h: Array, train: bool) -> Array:
         """(..., seq_len, width) -> (..., num_outputs), or (..., seq_len, num_outputs)."""
         h = Norm(self.kind, name="norm")(h)
-        h = h if self.per_step else jnp.mean(h, axis=-2)
-        return nn.Dense(self.num_outputs, kernel_init=nn.initializers.lecun_normal(), name="dense")(
-            h
-        )
+        return settings(self, Readout, name="dense")(h, train)
 
 
 def positions(seq_len: int, width: int) -> Array:
@@ -180,16 +157,12 @@ def positions(seq_len: int, width: int) -> Array:
     return jnp.asarray(np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles)), jnp.float32)
 
 
-class Transformer(nn.Module):
+class Transformer(Network, kw_only=True):
     """`depth` blocks of `width` units in `num_heads` heads; see the module's equations."""
 
-    num_outputs: int
     depth: int
     width: int
     activation: str = "gelu"
-    sigma_w: float | Array = 1.0
-    sigma_b: float | Array = 0.0
-    weights: str = "gaussian"
     residual_scale: float | Array = 1.0
     residual_learned: bool = False
     normalization: str = "layernorm"
@@ -199,86 +172,28 @@ class Transformer(nn.Module):
     per_step: bool = False
 
     @staticmethod
-    def check_compatible(model: Any) -> str:
-        """What a transformer cannot have, of this module or of a `gradjax.config.Model`; empty if
-        nothing.
-        """
+    def check_compatible(model: Model) -> str:
+        """Why a transformer cannot have these settings; empty where it can."""
         if model.width % model.num_heads:
             return (
-                f"models: {model.num_heads} heads do not divide a width of {model.width}; choose a model.num_heads "
-                "that does."
+                f"models: {model.num_heads} heads do not divide a width of {model.width}; choose "
+                "a model.num_heads that does."
             )
         return no_batchnorm(model)
 
-    def _block(self, **kwargs: Any) -> Block:
-        return settings(self, Block, causal=self.per_step, **kwargs)
-
-    def _readout(self, per_step: bool, **kwargs: Any) -> Readout:
-        return Readout(
-            self.num_outputs,
-            self.normalization if self.placement == "pre" else "none",
-            per_step,
-            **kwargs,
-        )
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        """Logits (batch, num_outputs), or with per_step (batch, seq_len, num_outputs).
-
-        Args:
-          x: (batch, seq_len, features), or int tokens (batch, seq_len).
-          train: whether dropout drops, drawing from the "dropout" key.
-        """
+    @nn.nowrap
+    def _check(self, x: Array) -> None:
         check_sequences("transformer", self, x)
-        layers = nn.scan(
-            lambda block, h, _: (block(h, train), None),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=self.depth,
-        )
-        h = Embed(self.width, name="embed")(self._inputs(x))
-        h, _ = layers(self._block(name="layers"), h, None)
-        return self._readout(self.per_step, name="readout")(h)
 
-    def _inputs(self, x: Array) -> Array:
+    @nn.nowrap
+    def _first_state(self, x: Array) -> Array:
         return jnp.moveaxis(sequence_of(x, self.num_outputs), 0, -2)
 
-    def links(self, variables: PyTree, x: Array, key: Array | None = None) -> tuple[Array, Links]:
-        """The network in training mode as links.
-
-        Args:
-          variables: as `init` returns them.
-          x: (seq_len, features) or tokens (seq_len,) of one example, or a batch of them.
-          key: PRNG key of the dropout masks, needed where there is dropout.
-
-        Returns:
-          The inputs, and [(embed, theta), Scan(block, thetas), (readout, theta)], whose states are whole sequences and
-          whose end are the logits, with per_step those of the last step.
-        """
-        if self.dropout is not None and key is None:
-            raise ValueError(
-                "Transformer.links: a network with dropout draws masks; pass key=jax.random.key(...)."
-            )
-        theta = lambda name: {"variables": {"params": variables["params"][name]}}
-        layers = theta("layers")
-        if self.dropout is not None:
-            layers["key"] = jax.random.split(key, self.depth)  # type: ignore[arg-type]
-
-        def embed(h, theta):
-            return Embed(self.width, parent=None).apply(theta["variables"], h)
-
-        def block(h, theta):
-            rngs = {"dropout": theta["key"]} if "key" in theta else {}
-            return self._block(parent=None).apply(theta["variables"], h, True, rngs=rngs)
-
-        def readout(h, theta):
-            h = h[..., -1:, :] if self.per_step else h
-            return self._readout(False, parent=None).apply(
-                theta["variables"], h
-            )  # the mean over one step
-
-        return self._inputs(x), [
-            (embed, theta("embed")),
-            Scan(block, layers),
-            (readout, theta("readout")),
+    def _parts(self, x: Array) -> list[Part]:
+        before = self.normalization if self.placement == "pre" else "none"
+        averaged = 0 if self.per_step else 1
+        return [
+            part("embed", self, Embed),
+            part(LAYERS, self, Block, self.depth, causal=self.per_step),
+            part("readout", self, Head, kind=before, averaged=averaged),
         ]

@@ -1,11 +1,10 @@
-"""Random variations of the images of a training batch, as pure functions for use inside jit, scan
-and vmap.
+"""Random variations of the images of a training batch, for use inside jit, scan and vmap.
 
-    AUGMENT[name](key, x) -> x                      (batch, features), square images of 1 or 3 channels, rows first
+    AUGMENT[name](key, x) -> x    (batch, features), square images of 1 or 3 channels, rows first
 
-Each example has its own draw. What a variation brings in from outside the image repeats the nearest
-pixel of its edge, so that normalised data need no word about their background. Which variation
-keeps the classes is the user's to know: a flipped digit is none.
+Each example has its own draw. Pixels from outside the image repeat the nearest pixel of its edge,
+so that the background of normalised data need not be known. Whether a variation keeps the classes
+is for the user to decide: a flipped digit is no digit.
 """
 
 import math
@@ -15,34 +14,35 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-MAX_ANGLE = 15.0  # degrees. Our choice: a digit keeps its class
+from gradjax.experiment.tasks.images import image_shape
+
+# Degrees. Our choice: a digit keeps its class.
+MAX_ANGLE = 15.0
 
 
 def _square(x: Array) -> Array:
     """(batch, features) as (batch, side, side, channels)."""
-    for channels in (1, 3) if x.ndim == 2 else ():
-        side = math.isqrt(x.shape[1] // channels)
-        if side * side * channels == x.shape[1]:
-            return x.reshape(-1, side, side, channels)
-    raise ValueError(
-        f"augment: examples of shape {x.shape[1:]} are no square images of 1 or 3 channels; set task.augment = 'none'."
-    )
+    shape = image_shape(x.shape[1]) if x.ndim == 2 else None
+    if shape is None:
+        raise ValueError(
+            f"augment: examples of shape {x.shape[1:]} are no square images of 1 or 3 channels; "
+            "set task.augment = 'none'."
+        )
+    return x.reshape(-1, *shape)
 
 
 def _sample(image: Array, rows: Array, columns: Array) -> Array:
-    """Bilinear values of (side, side, channels) at real coordinates (side, side), the edge
-    repeated.
+    """Bilinear values of (side, side, channels) at real coordinates (side, side).
+
+    Outside the image the edge is repeated.
     """
     last = jnp.asarray(image.shape[0] - 1, rows.dtype)
 
     def corners(at):
         at = jnp.clip(at, 0.0, last)
         low = jnp.floor(at)
-        return (
-            low.astype(jnp.int32),
-            jnp.minimum(low + 1.0, last).astype(jnp.int32),
-            (at - low)[..., None],
-        )
+        high = jnp.minimum(low + 1.0, last)
+        return low.astype(jnp.int32), high.astype(jnp.int32), (at - low)[..., None]
 
     (r0, r1, r), (c0, c1, c) = corners(rows), corners(columns)
     r, c = (jnp.broadcast_to(fraction, image.shape).astype(image.dtype) for fraction in (r, c))
@@ -52,15 +52,12 @@ def _sample(image: Array, rows: Array, columns: Array) -> Array:
 
 
 def rotated(image: Array, angle: Array) -> Array:
-    """(side, side, channels) turned counter-clockwise by `angle` (radians) about its centre,
-    bilinear.
-    """
+    """(side, side, channels) turned counter-clockwise by `angle` (radians) about its centre."""
     middle = 0.5 * (image.shape[0] - 1)
     row, column = jnp.mgrid[: image.shape[0], : image.shape[1]].astype(jnp.float32) - middle
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    return _sample(
-        image, cosine * row + sine * column + middle, cosine * column - sine * row + middle
-    )
+    turned_row, turned_column = cosine * row + sine * column, cosine * column - sine * row
+    return _sample(image, turned_row + middle, turned_column + middle)
 
 
 def rotate(key: Array, x: Array) -> Array:
@@ -71,18 +68,20 @@ def rotate(key: Array, x: Array) -> Array:
 
 
 def crop(key: Array, x: Array) -> Array:
-    """Each image padded and cropped at random to its size: shifted by up to side / 14 pixels each
-    way, at least 1.
+    """Each image padded and cropped at random to its size.
 
-    Half of the 4 pixels of 32 of He et al. 2015 (arXiv 1512.03385, section 4.2), since digits fill their frame.
+    That is a shift by up to side / 14 pixels each way, at least 1: 1 of 8 x 8, 2 of 28 x 28. It is
+    half of the 4 pixels of 32 of He et al. 2015 (arXiv 1512.03385, section 4.2), since digits fill
+    their frame.
     """
     images = _square(x)
-    pad = max(1, images.shape[1] // 14)  # 1 of 8 x 8, 2 of 28 x 28
+    pad = max(1, images.shape[1] // 14)
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
     corners = jax.random.randint(key, (len(x), 2), 0, 2 * pad + 1, jnp.int32)
-    cut = lambda image, at: jax.lax.dynamic_slice(
-        image, (at[0], at[1], jnp.int32(0)), images.shape[1:]
-    )
+
+    def cut(image: Array, at: Array) -> Array:
+        return jax.lax.dynamic_slice(image, (at[0], at[1], jnp.int32(0)), images.shape[1:])
+
     return jax.vmap(cut)(padded, corners).reshape(x.shape)
 
 
@@ -90,9 +89,8 @@ def flip(key: Array, x: Array) -> Array:
     """Each image mirrored left to right with probability 1/2."""
     images = _square(x)
     mirrored = jax.random.bernoulli(key, 0.5, (len(x), 1, 1, 1))
-    return jnp.where(jnp.broadcast_to(mirrored, images.shape), images[:, :, ::-1], images).reshape(
-        x.shape
-    )
+    mirrored = jnp.broadcast_to(mirrored, images.shape)
+    return jnp.where(mirrored, images[:, :, ::-1], images).reshape(x.shape)
 
 
 AUGMENT: dict[str, Callable[[Array, Array], Array]] = {

@@ -1,11 +1,11 @@
 """Minibatches as a pure function of (key, step), for use inside jit, scan and vmap.
 
 An epoch is a permutation of range(n), drawn from fold_in(key, epoch) and evaluated only at the
-positions that the batch needs: a Feistel network on the smallest even number of bits that holds n,
-applied again to whatever lands at n or above (cycle walking; Black and Rogaway 2002, "Ciphers with
-Arbitrary Finite Domains"). It costs O(batch_size), and no memory. Sorting n random numbers at every
-step, the plain way, takes 24 ms per seed and step at n = 51,000 on a CPU, more than the training
-step it feeds.
+positions that the batch needs, by a Feistel network on the smallest even number of bits that holds
+n, applied again to whatever lands at n or above (cycle walking; Black and Rogaway 2002, "Ciphers
+with Arbitrary Finite Domains"). It costs O(batch_size) time, and no memory. The plain way, sorting
+n random numbers at every step, takes 24 ms per seed and step at n = 51,000 on a CPU, more than the
+training step it feeds.
 
 Not covered: cryptography. The mixing is MurmurHash3's finaliser; the permutation is as random as a
 shuffle needs, and its parity and joint distribution at very small n are not uniform.
@@ -18,12 +18,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 # Four rounds make a Feistel network of random functions indistinguishable from a random permutation
-# (Luby and Rackoff 1988); twice as many, for round functions that are hashes of a few bits.
+# (Luby and Rackoff 1988); there are twice as many, because the round functions are hashes of a few
+# bits.
 _ROUNDS = 8
 
 
 class Split(NamedTuple):
-    """Examples: x float32 of shape (examples, features), y int32 of shape (examples,)."""
+    """Examples and their targets.
+
+    x: float32 (examples, features), sequences (examples, steps, features), graphs (examples, nodes,
+      nodes + features), or int32 tokens (examples, steps).
+    y: int32 classes, or float32 values of a regression; (examples,), or one per step, node or
+      output on a second axis.
+    """
 
     x: Array
     y: Array
@@ -32,8 +39,8 @@ class Split(NamedTuple):
 def batch_at(split: Split, key: Array, step: int | Array, batch_size: int) -> Split:
     """The batch of a training step.
 
-    An epoch is examples // batch_size steps. Within one no example comes twice; where batch_size does not
-    divide the number of examples, the few left out are others in every epoch.
+    An epoch is examples // batch_size steps. Within one no example comes twice; where batch_size
+    does not divide the number of examples, each epoch leaves out different ones.
 
     Args:
       split: the examples.
@@ -55,7 +62,8 @@ def batch_at(split: Split, key: Array, step: int | Array, batch_size: int) -> Sp
     n = split.y.shape[0]
     if not 1 <= batch_size <= n:
         raise ValueError(
-            f"tasks: batch_size={batch_size} does not fit a split of {n} examples; needed: 1 to {n}."
+            f"tasks: batch_size={batch_size} does not fit a split of {n} examples; needed: 1 to "
+            f"{n}."
         )
     epoch, position = jnp.divmod(jnp.asarray(step, jnp.uint32), jnp.uint32(n // batch_size))
     positions = position * jnp.uint32(batch_size) + jnp.arange(batch_size, dtype=jnp.uint32)
@@ -64,9 +72,7 @@ def batch_at(split: Split, key: Array, step: int | Array, batch_size: int) -> Sp
 
 
 def _permuted(key: Array, positions: Array, n: int) -> Array:
-    """Images of uint32 `positions`, all below n, under a permutation of range(n) that `key`
-    chooses.
-    """
+    """Images of uint32 `positions`, all below n, under a permutation of range(n) drawn by `key`."""
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = jnp.uint32((1 << half) - 1)
     round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)

@@ -1,12 +1,11 @@
-"""Graphs with communities, whose nodes are to be told apart: stochastic block models (Holland et
-al. 1983).
+"""Graphs whose nodes are to be classified by community: stochastic block models (Holland 1983).
 
-    A_ij ~ Bernoulli(inside) within a community, Bernoulli(between) across,   A_hat = D^(-1/2) (A + I) D^(-1/2)
-    x_i  = signal e_{y_i} + N(0, 1)
+    A_ij ~ Bernoulli(inside) within a community, Bernoulli(between) across
+    A_hat = D^(-1/2) (A + I) D^(-1/2),   x_i = signal e_{y_i} + N(0, 1)
 
-e_y is the unit vector of the community y: what a node's own features say is drowned in noise, and
-the mean over its neighbours says more. A few graph convolutions help therefore, and many make all
-nodes alike. Cost: O(nodes^2) each.
+e_y is the unit vector of the community y: noise drowns the signal of a node's own features, and the
+mean over its neighbours has more of it. So a few graph convolutions help, and many make all nodes
+alike. Cost: O(nodes^2) each.
 """
 
 from typing import NamedTuple
@@ -17,8 +16,10 @@ from jax import Array
 
 
 class Graphs(NamedTuple):
-    """x: [A_hat | X], (examples, nodes, nodes + communities) float32; y: the community, (examples,
-    nodes) int32.
+    """Graphs and the communities of their nodes.
+
+    x: [A_hat | X], float32 (examples, nodes, nodes + communities).
+    y: the community, int32 (examples, nodes).
     """
 
     x: Array
@@ -39,16 +40,16 @@ def communities(
 
     Args:
       key: PRNG key.
-      num_examples: graphs. Our choice, as the sizes: a network of 64 units trains in seconds.
+      num_examples: graphs. Our choice, like the sizes: a network of 64 units trains in seconds.
       nodes: per graph.
       num_communities: equally likely, and the number of features.
       inside: probability of an edge within a community.
-      between: the same between two; below `inside`, or the graph says nothing.
-      signal: of a node's own features over their noise.
+      between: the same between two; must be below `inside`, or the graph holds no information.
+      signal: size of a node's own features relative to their noise.
 
     Returns:
-      `Graphs`; the features are left as they are made (q_0 is 1 + signal^2 / num_communities), and A_hat must stay as
-      it is: do not standardise x.
+      `Graphs`; q_0 of the features is 1 + signal^2 / num_communities. Do not standardise x: A_hat
+      must stay as it is.
 
     >>> [part.shape for part in communities(jax.random.key(0), 10)]
     [(10, 32, 36), (10, 32)]
@@ -58,18 +59,15 @@ def communities(
     same = y[:, :, None] == y[:, None, :]
     drawn = jax.random.uniform(edge_key, same.shape) < jnp.where(same, inside, between)
     upper = jnp.triu(drawn.astype(jnp.float32), 1)
-    features = signal * jax.nn.one_hot(y, num_communities) + jax.random.normal(
-        noise_key, (*y.shape, num_communities)
-    )
-    return Graphs(jnp.concatenate([normalized(upper + jnp.swapaxes(upper, 1, 2)), features], -1), y)
+    noise = jax.random.normal(noise_key, (*y.shape, num_communities))
+    features = signal * jax.nn.one_hot(y, num_communities) + noise
+    graph = normalized(upper + jnp.swapaxes(upper, 1, 2))
+    return Graphs(jnp.concatenate([graph, features], -1), y)
 
 
 def normalized(adjacency: Array) -> Array:
-    """A_hat = D^(-1/2) (A + I) D^(-1/2), D the degrees with the loop (Kipf & Welling 2017, arXiv
-    1609.02907).
-    """
-    looped = adjacency + jnp.broadcast_to(
-        jnp.eye(adjacency.shape[-1], dtype=adjacency.dtype), adjacency.shape
-    )
+    """A_hat = D^(-1/2) (A + I) D^(-1/2), D the degrees with the loop (Kipf & Welling 2017)."""
+    loops = jnp.eye(adjacency.shape[-1], dtype=adjacency.dtype)
+    looped = adjacency + jnp.broadcast_to(loops, adjacency.shape)
     scale = jax.lax.rsqrt(jnp.sum(looped, -1))
     return scale[..., :, None] * looped * scale[..., None, :]

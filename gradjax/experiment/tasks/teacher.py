@@ -1,5 +1,4 @@
-"""A regression that a network of the same shape can learn: a random tanh network of 1000-100-10
-units as teacher.
+"""A regression that a network of the same shape can learn: the teacher is a random tanh network.
 
     x ~ N(0, 1) of 1000 features,   y = W_2 tanh(W_1 x),   W ~ N(0, 1 / fan_in)
 
@@ -19,8 +18,8 @@ def teacher(key: Array, num_examples: int = 10_000) -> tuple[Array, Array]:
 
     Args:
       key: PRNG key of the teacher and of the inputs.
-      num_examples: 10,000 by default, ten per feature: with fewer than features, no student can
-        find the teacher.
+      num_examples: 10,000 by default, ten per feature: with fewer examples than features, no
+        student can find the teacher.
 
     Returns:
       x float32 (num_examples, 1000) and y float32 (num_examples, 10), of mean 0 and variance 1 per

@@ -1,9 +1,9 @@
 """Text, character by character: the target of every step is the next character.
 
 shakespeare   1.1 million characters of his plays (Karpathy 2015's file; 65 characters)
-passage       the opening of Melville's Moby-Dick (1851, public domain), which comes with the package
+passage       the opening of Melville's Moby-Dick (1851, public domain), part of the package
 
-Both are ASCII. Nothing is lowered, and line ends are characters.
+Both are ASCII. Case is kept, and line ends are characters.
 """
 
 from importlib import resources
@@ -23,17 +23,18 @@ def shakespeare(seq_len: int) -> Data:
 def passage(seq_len: int) -> Data:
     """Windows of the passage that begin seq_len / 16 characters apart, by `characters`.
 
-    They overlap, and so do the splits: a validation score is how well the passage is known by heart.
+    They overlap, and so do the splits: a validation score measures how well the passage has been
+    memorised.
     """
-    text = resources.files("gradjax.tasks").joinpath("passage.txt").read_text(encoding="ascii")
+    text = resources.files(__package__).joinpath("passage.txt").read_text(encoding="ascii")
     return characters(text, seq_len, max(1, seq_len // 16))
 
 
 def characters(text: str, seq_len: int, stride: int) -> Data:
     """Windows of a text and the same windows one character on.
 
-    Characters are numbered by how often they come, the rarest 0: the largest number is then in every share of the text,
-    and as many outputs as it says serve all of them.
+    Characters are numbered by how often they come, the rarest 0: the largest number then occurs in
+    every part of the text, and the number of outputs derived from it is enough for all of them.
 
     Returns:
       x int32 (windows, seq_len), y int32 (windows, seq_len), the characters that follow.
