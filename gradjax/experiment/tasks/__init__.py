@@ -44,8 +44,8 @@ class Task(NamedTuple):
     make: Callable[[Array, int], Any]
     """(key, seq_len) -> (x, y), or a `Source`, which says more."""
     length: Callable[[int], int] | None
-    """seq_len -> steps of its sequences; None where its examples are no sequences. Chrono
-    initialisation and truncation rely on it."""
+    """seq_len -> steps of its sequences, which chrono initialisation relies on; None where its
+    examples are no sequences."""
     folder: str | None = None
     """Folder of its pinned files; None where it has none."""
     package: str | None = None

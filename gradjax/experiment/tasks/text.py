@@ -26,7 +26,8 @@ def passage(seq_len: int) -> Data:
     They overlap, and so do the splits: a validation score measures how well the passage has been
     memorised.
     """
-    text = resources.files(__package__).joinpath("passage.txt").read_text(encoding="ascii")
+    folder = resources.files("gradjax.experiment.tasks")
+    text = folder.joinpath("passage.txt").read_text(encoding="ascii")
     return characters(text, seq_len, max(1, seq_len // 16))
 
 
