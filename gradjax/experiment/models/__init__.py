@@ -25,6 +25,7 @@ from typing import Any
 from gradjax.experiment.models.alexnet import AlexNet
 from gradjax.experiment.models.cells import CELLS
 from gradjax.experiment.models.circular import CircularCNN
+from gradjax.experiment.models.convolution import ConvNet
 from gradjax.experiment.models.densenet import DenseNet
 from gradjax.experiment.models.graph import GCN
 from gradjax.experiment.models.inception import Inception
@@ -50,7 +51,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "circular_cnn": (CircularCNN, {}),
     "gcn": (GCN, {}),
 }
-CONVOLUTIONAL = ("lenet5", "alexnet", "vgg", "resnet", "densenet", "inception", "circular_cnn")
+CONVOLUTIONAL = tuple(name for name, (model, _) in MODELS.items() if issubclass(model, ConvNet))
 SETTINGS = {field.name for field in dataclasses.fields(Model)} - {"name"}
 # Fields of a module that are no settings: two that `build` passes, and Flax's own.
 _PASSED = {"num_outputs", "per_step"}

@@ -11,13 +11,13 @@ with rate 0.5).
 
 from jax import Array
 
-from gradjax.experiment.models.convolution import ConvLayer, DenseLayer
-from gradjax.experiment.models.network import Network, Part, Readout, part
+from gradjax.experiment.models.convolution import ConvLayer, ConvNet, DenseLayer
+from gradjax.experiment.models.network import Part, Readout, part
 
 LAYERS = 7
 
 
-class AlexNet(Network, kw_only=True):
+class AlexNet(ConvNet, kw_only=True):
     """Five convolutions whose first has `width` channels, two dense layers and a read-out."""
 
     width: int

@@ -11,11 +11,11 @@ no biases and linear phi each of these is an exact isometry.
 
 from jax import Array
 
-from gradjax.experiment.models.convolution import ConvLayer
-from gradjax.experiment.models.network import Network, Part, Readout, part
+from gradjax.experiment.models.convolution import ConvLayer, ConvNet
+from gradjax.experiment.models.network import Part, Readout, part
 
 
-class CircularCNN(Network, kw_only=True):
+class CircularCNN(ConvNet, kw_only=True):
     """`depth` circular convolutions of `width` channels and a linear read-out of the mean pixel."""
 
     depth: int

@@ -49,6 +49,7 @@ from gradjax.experiment.models.layers import (
     settings,
     weight,
 )
+from gradjax.experiment.models.network import Network
 
 
 # One program each: op by op a convolution is forty.
@@ -339,3 +340,7 @@ def blocks_per_stage(depth: int, stages: int = 3) -> list[int]:
     """
     stages = min(stages, depth)
     return [depth // stages + (stage < depth % stages) for stage in range(stages)]
+
+
+class ConvNet(Network, kw_only=True):
+    """A network of images: a CPU trains one seed of it at a time (see the module)."""

@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gradjax.experiment.models.convolution import Conv, blocks_per_stage, pool
+from gradjax.experiment.models.convolution import Conv, ConvNet, blocks_per_stage, pool
 from gradjax.experiment.models.layers import Treated, settings
-from gradjax.experiment.models.network import Network, Part, part
+from gradjax.experiment.models.network import Part, part
 from gradjax.experiment.models.resnet import Head, Rectify, Stem
 
 
@@ -46,7 +46,7 @@ class Transition(Treated):
         return pool(settings(self, Conv, features=half, size=1, name="conv")(a), average=True)
 
 
-class DenseNet(Network, kw_only=True):
+class DenseNet(ConvNet, kw_only=True):
     """`depth` layers in dense blocks, each of which adds width / 2 channels, and a read-out."""
 
     depth: int

@@ -15,9 +15,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gradjax.experiment.models.convolution import ConvLayer, blocks_per_stage, neighbours, pool
+from gradjax.experiment.models.convolution import (
+    ConvLayer,
+    ConvNet,
+    blocks_per_stage,
+    neighbours,
+    pool,
+)
 from gradjax.experiment.models.layers import Treated, settings
-from gradjax.experiment.models.network import Network, Part, Readout, part
+from gradjax.experiment.models.network import Part, Readout, part
 from gradjax.experiment.schema import Model
 
 
@@ -44,7 +50,7 @@ class Block(Treated):
         return jnp.concatenate([conv("one", h, n - n // 2 - 2 * (n // 8)), three, five, pooled], -1)
 
 
-class Inception(Network, kw_only=True):
+class Inception(ConvNet, kw_only=True):
     """`depth` blocks, `width` channels in the first stage, and a read-out."""
 
     depth: int

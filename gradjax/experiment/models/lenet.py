@@ -16,14 +16,14 @@ References:
 import jax
 from jax import Array
 
-from gradjax.experiment.models.convolution import ConvLayer, DenseLayer
+from gradjax.experiment.models.convolution import ConvLayer, ConvNet, DenseLayer
 from gradjax.experiment.models.layers import image_of
-from gradjax.experiment.models.network import Network, Part, Readout, part
+from gradjax.experiment.models.network import Part, Readout, part
 
 LAYERS = 4
 
 
-class LeNet5(Network, kw_only=True):
+class LeNet5(ConvNet, kw_only=True):
     """Two convolutions, two dense layers, each with dropout behind it, and a linear read-out."""
 
     dropout: float | Array | None = None

@@ -21,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 from jax import Array
 
-from gradjax.experiment.models.convolution import Conv, blocks_per_stage
+from gradjax.experiment.models.convolution import Conv, ConvNet, blocks_per_stage
 from gradjax.experiment.models.layers import (
     Activation,
     Skip,
@@ -30,7 +30,7 @@ from gradjax.experiment.models.layers import (
     normalize,
     settings,
 )
-from gradjax.experiment.models.network import Network, Part, Readout, part
+from gradjax.experiment.models.network import Part, Readout, part
 from gradjax.experiment.schema import Model
 
 
@@ -109,7 +109,7 @@ class Block(Treated):
         return shift("bias_4", skip(h, branch))
 
 
-class ResNet(Network, kw_only=True):
+class ResNet(ConvNet, kw_only=True):
     """`depth` residual blocks, `width` channels in the first stage, and a read-out."""
 
     depth: int

@@ -12,11 +12,11 @@ five, one dense layer of 8w for two of 4096.
 
 from jax import Array
 
-from gradjax.experiment.models.convolution import ConvLayer, DenseLayer, blocks_per_stage
-from gradjax.experiment.models.network import Network, Part, Readout, part
+from gradjax.experiment.models.convolution import ConvLayer, ConvNet, DenseLayer, blocks_per_stage
+from gradjax.experiment.models.network import Part, Readout, part
 
 
-class VGG(Network, kw_only=True):
+class VGG(ConvNet, kw_only=True):
     """`depth` convolutions, `width` channels in the first stage, a dense layer and a read-out."""
 
     depth: int
