@@ -1,14 +1,9 @@
-"""Activation functions by name, elementwise phi: real -> real, and their Gaussian moments E
-f(sqrt(q) z), z ~ N(0, 1).
+"""Activation functions by name, elementwise phi: real -> real, with their kinks and slopes.
 
-`ACTIVATIONS` is the one place that knows the names; a new activation is one line there, and one in
-`KINKS` where some derivative of it jumps. The moments are integrals over the real line, cut where
-phi is not smooth: Gauss-Legendre on each piece, with nodes crowding at the cut on the scale of phi
-(a sinh substitution). Gauss-Hermite, which sees no cut, is 1e-3 off for hard_tanh. In float64 the
-error is below 1e-12 for q from 1e-4 to 100 and every name here, and 1e-6 at q = 1e8; activations of
-polynomial growth are covered, and for one that outgrows the Gaussian, as exp(x^2) does, the moment
-is NaN. Derivatives in q are exact: the cuts move with q and take their part. Cost: 96 evaluations
-per moment without kinks.
+A new activation is one line in `ACTIVATIONS`, one in `KINKS` where a derivative of it jumps, and
+one in `SLOPES` where it is positively homogeneous. That is all the general theory needs; closed
+forms know some names of their own (`gradjax.theory.random_matrix`, `gradjax.theory.meanfield`). The
+Gaussian moments of an activation, E f(sqrt(q) z), are in `gradjax.theory.gaussian`.
 """
 
 import functools
@@ -27,46 +22,48 @@ Phi = Callable[[Array], Array]
 def tailored_slope(
     network: int | Callable[[Callable[[float], float]], float], eta: float = 0.9
 ) -> float:
-    """Negative slope a of the leaky ReLU that turns two orthogonal inputs into two of correlation
-    `eta`.
+    """Negative slope a of the leaky ReLU that turns orthogonal inputs into inputs correlated `eta`.
 
     One layer of phi(x) = sqrt(2 / (1 + a^2)) max(x, a x), which keeps lengths at sigma_w = 1,
     sigma_b = 0, maps
 
         c' = c + (1 - a)^2 / (pi (1 + a^2)) (sqrt(1 - c^2) - c arccos c),
 
-    and a is the root of c_depth(a) = eta from c_0 = 0: between ReLU, a = 0, whose correlations all tend to 1, and the
-    linear network, a = 1, which keeps them. Tailored ReLU of deep kernel shaping (Zhang, Botev, Martens 2022, arXiv
-    2203.08120; 0.9 is the default of the authors' code); 0 where ReLU itself stays below eta. Cost: O(depth).
+    and a is the root of c_depth(a) = eta from c_0 = 0: between ReLU, a = 0, whose correlations all
+    tend to 1, and the linear network, a = 1, which keeps them. Tailored ReLU of deep kernel shaping
+    (Zhang, Botev, Martens 2022, arXiv 2203.08120; 0.9 is the default of the authors' code). Cost:
+    O(depth).
 
     Args:
       network: number of layers, or how a network composes its layers' map, as `lambda f: f(f(0.0))`
         for two layers.
       eta: in (0, 1).
 
+    Returns:
+      a, to 1e-15; 0 where ReLU itself stays below eta.
+
     >>> round(tailored_slope(50), 4), tailored_slope(2)
     (0.4305, 0.0)
     """
 
     def layers(f: Callable[[float], float]) -> float:
-        return (
-            functools.reduce(lambda c, _: f(c), range(network), 0.0)
-            if isinstance(network, int)
-            else network(f)
-        )
+        if isinstance(network, int):
+            return functools.reduce(lambda c, _: f(c), range(network), 0.0)
+        return network(f)
 
     def last(a: float) -> float:
         fraction = (1 - a) ** 2 / (math.pi * (1 + a * a))
         return layers(lambda c: min(c + fraction * (math.sqrt(1 - c * c) - c * math.acos(c)), 1.0))
 
     low, high = 0.0, 1.0
-    for _ in range(50):  # to 1e-15
+    for _ in range(50):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if last(middle) > eta else (low, middle)
     return high if low else 0.0
 
 
-TAILORED_DEPTH = 50  # of `tailored_relu` where no depth is told: the config's default
+# The depth that `tailored_relu` assumes when none is given: the config's default.
+TAILORED_DEPTH = 50
 
 
 def _tailored_slopes(depth: int = TAILORED_DEPTH) -> tuple[float, float]:
@@ -87,10 +84,10 @@ ACTIVATIONS: dict[str, Phi] = {
     "sigmoid": jax.nn.sigmoid,
     "relu": jax.nn.relu,
     "leaky_relu": jax.nn.leaky_relu,
-    "prelu": lambda x: jax.nn.leaky_relu(
-        x, 0.25
-    ),  # where training starts (He 2015); models learn the slope
-    "tailored_relu": _leaky(_tailored_slopes()),  # of a network of another depth: `at_depth`
+    # the slope at which training starts (He 2015); models learn it
+    "prelu": lambda x: jax.nn.leaky_relu(x, 0.25),
+    # for another depth than TAILORED_DEPTH use `at_depth`
+    "tailored_relu": _leaky(_tailored_slopes()),
     "elu": jax.nn.elu,
     "selu": jax.nn.selu,
     "gelu": jax.nn.gelu,
@@ -98,7 +95,7 @@ ACTIVATIONS: dict[str, Phi] = {
     "softplus": jax.nn.softplus,
 }
 
-# where a derivative of phi jumps
+# Where a derivative of phi jumps.
 KINKS: dict[str, tuple[float, ...]] = {
     "hard_tanh": (-1.0, 1.0),
     "relu": (0.0,),
@@ -109,7 +106,7 @@ KINKS: dict[str, tuple[float, ...]] = {
     "selu": (0.0,),
 }
 
-# (left, right) slopes of those with phi(a x) = a phi(x) for a > 0: their moments are powers of q
+# (left, right) slopes of those with phi(a x) = a phi(x) for a > 0: their moments are powers of q.
 SLOPES: dict[str, tuple[float, float]] = {
     "linear": (1.0, 1.0),
     "relu": (0.0, 1.0),
@@ -118,25 +115,34 @@ SLOPES: dict[str, tuple[float, float]] = {
     "tailored_relu": _tailored_slopes(),
 }
 
-# nodes along (x, y) per arm of a pair moment, for 1e-10 up to q = 100: gelu and erf grow fast off
-# the real axis
+# Nodes along (x, y) per arm of a pair moment, for 1e-10 up to q = 100: gelu and erf grow fast off
+# the real axis.
 PAIR_NODES: dict[str, tuple[int, int]] = {"gelu": (48, 36), "erf": (48, 44)}
-
-REACH = 8.0  # the line ends at |z| = 8, where x^4 leaves 1e-11 of its moment behind
 
 
 class Activation(NamedTuple):
-    """What the theory needs to know of an activation."""
+    """What the theory needs to know of an activation.
+
+    Attributes:
+      phi: the function, elementwise.
+      kinks: where a derivative jumps, ascending, in units of the pre-activation.
+      slopes: (left, right) where phi is positively homogeneous, else None.
+      pair_nodes: quadrature nodes along (x, y) per arm of a pair moment.
+    """
 
     phi: Phi
-    kinks: tuple[float, ...]  # ascending, in units of the pre-activation
-    slopes: tuple[float, float] | None  # (left, right) where phi is positively homogeneous
+    kinks: tuple[float, ...]
+    slopes: tuple[float, float] | None
     pair_nodes: tuple[int, int] = (48, 36)
 
 
 def resolve(activation: str | Phi | Activation, kinks: Sequence[float] | None = None) -> Activation:
-    """The `Activation` of a name, or of any elementwise callable with the `kinks` given (default:
-    smooth).
+    """The `Activation` of a name or of an elementwise callable.
+
+    Args:
+      activation: a name in `ACTIVATIONS`, a callable, or an `Activation`, which is returned as it
+        is.
+      kinks: where a derivative jumps; by default those known for the name, none for a callable.
 
     Raises:
       ValueError: for an unknown name; the message lists the known ones.
@@ -157,10 +163,13 @@ def resolve(activation: str | Phi | Activation, kinks: Sequence[float] | None = 
 
 
 def at_depth(name: str, depth: int | None) -> Activation:
-    """The activation of a network of `depth` layers: `tailored_relu` is another one for each, the
-    others do not care.
+    """The activation of a network of `depth` layers; only `tailored_relu` depends on the depth.
 
-    >>> at_depth("tailored_relu", 100).slopes > at_depth("tailored_relu", 10).slopes  # nearer to linear
+    Args:
+      name: in `ACTIVATIONS`.
+      depth: number of layers; None for the default of `tailored_relu`, `TAILORED_DEPTH`.
+
+    >>> at_depth("tailored_relu", 100).slopes > at_depth("tailored_relu", 10).slopes  # more linear
     True
     """
     if name != "tailored_relu" or depth is None:

@@ -1,18 +1,20 @@
 """Initialisers with a scale that may be traced; what `jax.nn.initializers` has is taken from there.
 
-    gaussian:          W_ij ~ N(0, sigma_w^2 / fan_in)                   (Poole et al. 2016, arXiv 1606.05340, eq. 2)
-    orthogonal:        W = sigma_w * Q, Q^T Q = I                        (Saxe et al. 2013, arXiv 1312.6120)
-    delta_orthogonal:  the same at the centre of a convolution, 0 beside (Xiao et al. 2018, arXiv 1806.05393, alg. 1)
-    identity:          W = sigma_w * I                                   (Le et al. 2015, arXiv 1504.00941: IRNN)
-    uniform:           W_ij ~ sigma_w * U(-0.05, 0.05)                   (a default of early libraries, whatever fan_in)
-    glorot_*:          Var W = 2 sigma_w^2 / (fan_in + fan_out)          (Glorot & Bengio 2010)
-    he_*:              Var W = 2 sigma_w^2 / fan_in                      (He et al. 2015, arXiv 1502.01852)
-    lecun_*:           Var W = sigma_w^2 / fan_in                        (LeCun et al. 1998)
+    gaussian:          W_ij ~ N(0, sigma_w^2 / fan_in)              Poole et al. 2016, eq. 2
+    orthogonal:        W = sigma_w * Q, Q^T Q = I                   Saxe et al. 2013
+    delta_orthogonal:  that at the centre of a convolution, else 0  Xiao et al. 2018, alg. 1
+    identity:          W = sigma_w * I                              Le et al. 2015 (IRNN)
+    uniform:           W_ij ~ sigma_w * U(-0.05, 0.05)              a default of early libraries
+    glorot_*:          Var W = 2 sigma_w^2 / (fan_in + fan_out)     Glorot & Bengio 2010
+    he_*:              Var W = 2 sigma_w^2 / fan_in                 He et al. 2015
+    lecun_*:           Var W = sigma_w^2 / fan_in                   LeCun et al. 1998
     bias:              b_i ~ N(0, sigma_b^2)
 
-So sigma_w = 1 is the rule as published; JAX cuts the *_normal ones at two deviations. Each is a
-function `init(key, shape, dtype)` on kernels of shape (..., fan_in, fan_out) as Flax stores them,
+So sigma_w = 1 is the rule as published; JAX truncates the *_normal ones at two deviations. Each is
+a function `init(key, shape, dtype)` on kernels of shape (..., fan_in, fan_out) as Flax stores them,
 the spatial axes of a convolution first.
+
+References (arXiv): Poole 1606.05340, Saxe 1312.6120, Xiao 1806.05393, Le 1504.00941, He 1502.01852.
 """
 
 import math
@@ -39,18 +41,18 @@ def gaussian(sigma_w: float | Array) -> Initializer:
 
 
 def orthogonal(sigma_w: float | Array) -> Initializer:
-    """Kernel sigma_w * Q with orthonormal rows or columns, whichever is shorter; `sigma_w` may be a
-    traced value.
+    """Kernel sigma_w * Q with orthonormal rows or columns, whichever are fewer.
 
-    A map to more dimensions is scaled by sqrt(fan_out / fan_in), so that the mean square per unit grows by sigma_w^2
-    as it does for `gaussian`, whatever the shape.
+    `sigma_w` may be a traced value. A map to more dimensions is scaled by sqrt(fan_out / fan_in),
+    so that the mean square per unit grows by sigma_w^2 as it does for `gaussian`, whatever the
+    shape.
     """
     unit = initializers.orthogonal()
 
     def init(key, shape, dtype: Any = jnp.float32, out_sharding: Any = None):
         widening = math.sqrt(max(shape[-1] / math.prod(shape[:-1]), 1.0))
-        # seeds one by one: two batched QR at a time wait for each other forever on two cores
-        # (jaxlib 0.10.2)
+        # Seeds are drawn sequentially: two batched QR at a time wait for each other forever on two
+        # cores (jaxlib 0.10.2).
         draw = jax.custom_batching.sequential_vmap(lambda key: unit(key, shape, dtype))
         return draw(key) * jnp.asarray(sigma_w * widening, dtype)
 
@@ -58,9 +60,7 @@ def orthogonal(sigma_w: float | Array) -> Initializer:
 
 
 def at_centre(matrix: Initializer) -> Initializer:
-    """A convolution that is a matrix (channels in, channels out) at the centre of its kernel, and 0
-    elsewhere.
-    """
+    """A convolution that is a matrix (channels in, channels out) at its centre, and 0 elsewhere."""
 
     def init(key, shape, dtype: Any = jnp.float32, out_sharding: Any = None):
         centre = tuple((size - 1) // 2 for size in shape[:-2])
@@ -70,8 +70,7 @@ def at_centre(matrix: Initializer) -> Initializer:
 
 
 def delta_orthogonal(sigma_w: float | Array) -> Initializer:
-    """`orthogonal` at the centre of a convolution of any shape; of a matrix without spatial axes
-    `orthogonal` itself.
+    """`orthogonal` at the centre of a convolution; for a matrix, `orthogonal` itself.
 
     JAX's initialiser of this name needs spatial axes and no fewer channels out than in.
     """
@@ -79,10 +78,14 @@ def delta_orthogonal(sigma_w: float | Array) -> Initializer:
 
 
 def identity(sigma_w: float | Array) -> Initializer:
-    """sigma_w times the identity; of unequal widths the first entries pass, the others are cut off
-    or start at 0.
+    """sigma_w times the identity.
+
+    Between unequal widths the first entries pass; the others are cut off or start at 0.
     """
-    eye = lambda key, shape, dtype=jnp.float32, out_sharding=None: jnp.eye(*shape, dtype=dtype)
+
+    def eye(key, shape, dtype: Any = jnp.float32, out_sharding: Any = None):
+        return jnp.eye(*shape, dtype=dtype)
+
     return at_centre(times(eye)(sigma_w))
 
 
@@ -114,9 +117,8 @@ def bias(sigma_b: float | Array) -> Initializer:
 WEIGHTS: dict[str, Callable[[float | Array], Initializer]] = {
     "gaussian": gaussian,
     "orthogonal": orthogonal,
-    "lsuv": lambda sigma_w: orthogonal(
-        1.0
-    ),  # scaled by the data where the kernel is made (gradjax.models.layers)
+    # scaled by the data where the kernel is made (gradjax.experiment.models.layers)
+    "lsuv": lambda sigma_w: orthogonal(1.0),
     "delta_orthogonal": delta_orthogonal,
     "identity": identity,
     "uniform": times(_uniform),

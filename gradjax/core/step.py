@@ -32,10 +32,10 @@ Step = Callable[[PyTree, PyTree], PyTree]
 
 
 class Scan(NamedTuple):
-    """A link that is a stack of equal layers: `step` scanned over `thetas`."""
+    """A link that is a stack of equal layers: `step` scanned over `thetas`, leaves (depth, ...)."""
 
     step: Step
-    thetas: PyTree  # every leaf (depth, ...)
+    thetas: PyTree
 
 
 Links = Sequence[tuple[Step, PyTree] | Scan]
@@ -62,9 +62,33 @@ def _check_state(h: PyTree) -> None:
     if not leaves or any(not jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves):
         kinds = _describe(_shapes(h))
         raise ValueError(
-            f"step: the state h0 is {kinds or 'empty'}; a Jacobian needs floating arrays. Cast h0 to float32, and keep "
-            "integers (tokens, counters) in theta."
+            f"step: the state h0 is {kinds or 'empty'}; a Jacobian needs floating arrays. "
+            "Cast h0 to float32, and keep integers (tokens, counters) in theta."
         )
+
+
+def _check_links(links: Links, h0: PyTree, thetas: PyTree | None) -> int:
+    if thetas is not None:
+        raise ValueError("step: a list of links carries its own thetas; leave `thetas` out.")
+    if not links:
+        raise ValueError("step: the list of links is empty; at least one (step, theta) is needed.")
+    depth, h = 0, _shapes(h0)
+    for index, link in enumerate(links):
+        if not (isinstance(link, list | tuple) and len(link) == 2 and callable(link[0])):
+            raise ValueError(
+                f"step: link {index} is {type(link).__name__}; each is (step, theta) or a Scan."
+            )
+        if isinstance(link, Scan):
+            depth += check_step(link.step, h, link.thetas)
+            continue
+        try:
+            depth, h = depth + 1, jax.eval_shape(link[0], h, link[1])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"step: link {index} does not accept the state {_describe(h)}: {error}"
+            ) from error
+        _check_state(h)
+    return depth
 
 
 def check_step(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> int:
@@ -79,54 +103,33 @@ def check_step(step: Step | Links, h0: PyTree, thetas: PyTree | None = None) -> 
       depth: the number of layers.
 
     Raises:
-      ValueError: empty or ragged `thetas`, an integer state, a step that changes the state's shape or dtype, links
-        that do not fit together; the message holds the shapes.
+      ValueError: empty or ragged `thetas`, an integer state, a step that changes the state's shape
+        or dtype, links that do not fit together; the message holds the shapes.
     """
     _check_state(h0)
     if is_links(step):
-        links: Links = step  # type: ignore[assignment]
-        if thetas is not None:
-            raise ValueError("step: a list of links carries its own thetas; leave `thetas` out.")
-        if not links:
-            raise ValueError(
-                "step: the list of links is empty; at least one (step, theta) is needed."
-            )
-        depth, h = 0, _shapes(h0)
-        for index, link in enumerate(links):
-            if not (isinstance(link, list | tuple) and len(link) == 2 and callable(link[0])):
-                raise ValueError(
-                    f"step: link {index} is {type(link).__name__}; each is (step, theta) or a Scan."
-                )
-            if isinstance(link, Scan):
-                depth += check_step(link.step, h, link.thetas)
-                continue
-            try:
-                depth, h = depth + 1, jax.eval_shape(link[0], h, link[1])
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"step: link {index} does not accept the state {_describe(h)}: {error}"
-                ) from error
-            _check_state(h)
-        return depth
+        return _check_links(step, h0, thetas)  # type: ignore[arg-type]
     if not callable(step):
         raise ValueError(
-            f"step: got {type(step).__name__}; a callable step(h, theta) -> h or a list of links is needed."
+            f"step: got {type(step).__name__}; "
+            "a callable step(h, theta) -> h or a list of links is needed."
         )
     lengths = {x.shape[0] if jnp.ndim(x) else None for x in jax.tree.leaves(thetas)}
     if len(lengths) != 1 or None in lengths or 0 in lengths:
         found = sorted(map(str, lengths)) or ["no leaves"]
         raise ValueError(
-            f"step: the leaves of thetas have leading lengths {', '.join(found)}; one common length, the depth, of at "
-            "least 1 is needed on every leaf. For layers of unequal shape pass a list of (step, theta) links."
+            f"step: the leaves of thetas have leading lengths {', '.join(found)}; "
+            "one common length, the depth, of at least 1 is needed on every leaf. "
+            "For layers of unequal shape pass a list of (step, theta) links."
         )
     before = _shapes(h0)
     after = jax.eval_shape(lambda h, t: step(h, jax.tree.map(lambda x: x[0], t)), before, thetas)
-    if jax.tree.structure(before) != jax.tree.structure(after) or _describe(before) != _describe(
-        after
-    ):
+    same_structure = jax.tree.structure(before) == jax.tree.structure(after)
+    if not same_structure or _describe(before) != _describe(after):
         raise ValueError(
-            f"step: one step maps {_describe(before)} to {_describe(after)}; a scanned product needs an equal "
-            "structure, shape and dtype. For layers of unequal width pass a list of (step, theta) links."
+            f"step: one step maps {_describe(before)} to {_describe(after)}; a scanned product "
+            "needs an equal structure, shape and dtype. For layers of unequal width pass a list of "
+            "(step, theta) links."
         )
     return lengths.pop()  # type: ignore[return-value]
 
@@ -136,8 +139,9 @@ def _as_links(step: Step | Links, thetas: PyTree | None) -> Links:
 
 
 def _forward(links: Links, h: PyTree) -> tuple[list[PyTree], PyTree]:
-    """The inputs of every layer, one stacked pytree per link (leading axis 1 for a plain link), and
-    the output.
+    """The inputs of every layer, and the output.
+
+    The inputs are one stacked pytree per link, of leading axis 1 for a plain link.
     """
     inputs = []
     for link in links:
@@ -155,7 +159,7 @@ def layer_jacobian(step: Step, h: PyTree, theta: PyTree) -> tuple[Array, PyTree]
     """Jacobian of one step at `h`, both states flattened by `ravel_pytree`, and the next state.
 
     By reverse mode, as gradients are: a step with a custom_vjp gives the Jacobian that training
-      would see.
+    would see.
 
     Returns:
       jacobian: (N_out, N_in), d h'_i / d h_j.
@@ -173,8 +177,7 @@ def layer_jacobian(step: Step, h: PyTree, theta: PyTree) -> tuple[Array, PyTree]
 def layer_jacobians(
     step: Step | Links, h0: PyTree, thetas: PyTree | None = None
 ) -> Array | list[Array]:
-    """The layer Jacobians J_l = d h_{l+1} / d h_l along the trajectory from `h0`, in the order of
-    application.
+    """The layer Jacobians J_l = d h_{l+1} / d h_l along the trajectory from `h0`, first to last.
 
     Holds all of them at once; `gradjax.jacobian_spectrum` streams them instead.
 
@@ -208,11 +211,11 @@ def layer_jacobians(
 
 
 def nested_scan(step: Callable, h: PyTree, thetas: PyTree, length: int) -> tuple[PyTree, PyTree]:
-    """`lax.scan` whose gradient holds O(sqrt(length)) states instead of `length`, for one more
-    forward pass or two.
+    """`lax.scan` whose gradient holds O(sqrt(length)) states, at one or two more forward passes.
 
-    The layers are cut into about sqrt(length) blocks; only the states between blocks are kept, and inside a block only
-    those between its layers while it is worked on. What does not divide evenly is a last block of its own.
+    The layers are cut into about sqrt(length) blocks; only the states between blocks are kept, and
+    those between the layers of the block that is being differentiated. Layers left over by the
+    division form a last block of their own.
 
     Args:
       step: (h, theta) -> (h, output).
@@ -227,7 +230,10 @@ def nested_scan(step: Callable, h: PyTree, thetas: PyTree, length: int) -> tuple
     size = max(1, math.isqrt(length))
     whole = length // size * size
     inner = jax.checkpoint(lambda h, block: lax.scan(step, h, block))
-    cut = lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:])
+
+    def cut(x):
+        return x[:whole].reshape(whole // size, size, *x.shape[1:])
+
     h, outputs = lax.scan(inner, h, jax.tree.map(cut, thetas))
     outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)
     if whole < length:
@@ -237,39 +243,44 @@ def nested_scan(step: Callable, h: PyTree, thetas: PyTree, length: int) -> tuple
 
 
 class Signals(NamedTuple):
-    """What goes forward and what comes back, per layer, as natural logarithms.
+    """Activations, cotangents and parameter gradients per layer, as natural logarithms.
 
-    Index l of the activations and cotangents is the state h_l, 0 being the input of the first layer and depth the
-    last state; index l of the gradients is the parameters theta_l of the layer that maps h_l to h_{l+1}.
+    Index l of the activations and cotangents is the state h_l, 0 being the input of the first layer
+    and depth the last state; index l of the gradients is the parameters theta_l of the layer that
+    maps h_l to h_{l+1}.
+
+    Attributes:
+      log_activation_rms: (depth + 1,) log sqrt(mean h_l^2).
+      log_cotangent_rms: (depth + 1,) log sqrt(mean (d loss / d h_l)^2), overflow- and
+        underflow-safe.
+      log_gradient_norm: (depth,) log ||d loss / d theta_l||; -inf where theta_l has no floating
+        leaf.
+      loss: ().
     """
 
-    log_activation_rms: Array  # (depth + 1,) log sqrt(mean h_l^2)
-    log_cotangent_rms: (
-        Array  # (depth + 1,) log sqrt(mean (d loss / d h_l)^2), overflow- and underflow-safe
-    )
-    log_gradient_norm: (
-        Array  # (depth,) log ||d loss / d theta_l||; -inf where theta_l has no floating leaf
-    )
-    loss: Array  # ()
+    log_activation_rms: Array
+    log_cotangent_rms: Array
+    log_gradient_norm: Array
+    loss: Array
 
 
 def _pull_back(step: Step, h: PyTree, theta: PyTree, cotangent: PyTree, exponent: Array):
-    """One layer of the backward pass; the cotangent is `cotangent * 2^exponent`, largest entry in
-    [1/2, 1).
+    """One layer of the backward pass, for the cotangent `cotangent * 2^exponent`.
+
+    Returns:
+      the cotangent of h with its largest entry in [1/2, 1); its exponent; log norm of the gradient.
     """
     leaves, structure = jax.tree.flatten(theta)
     floating = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
 
     def of_floats(h, floats):
         rest = iter(floats)
-        merged = [
-            next(rest) if is_float else x for x, is_float in zip(leaves, floating, strict=True)
-        ]
+        kinds = zip(leaves, floating, strict=True)
+        merged = [next(rest) if is_float else x for x, is_float in kinds]
         return step(h, jax.tree.unflatten(structure, merged))
 
-    _, vjp = jax.vjp(
-        of_floats, h, [x for x, is_float in zip(leaves, floating, strict=True) if is_float]
-    )
+    floats = [x for x, is_float in zip(leaves, floating, strict=True) if is_float]
+    _, vjp = jax.vjp(of_floats, h, floats)
     into_h, gradient = vjp(cotangent)
     log_gradient = scale.log_norm(gradient)
     log_gradient = log_gradient + exponent.astype(log_gradient.dtype) * scale.LOG2
@@ -285,16 +296,17 @@ def _scaled_log_rms(cotangent: PyTree, exponent: Array) -> Array:
 def signals(
     step: Step | Links, h0: PyTree, thetas: PyTree | None = None, *, loss: Callable[[PyTree], Array]
 ) -> Signals:
-    """Activations, cotangents and parameter gradients per layer, right where float32 gradients are
-    inf or 0.
+    """Activations, cotangents and gradients per layer, right where float32 gradients are inf or 0.
 
-    The backward pass carries the cotangent as (mantissa, 2^exponent) and rescales it exactly after every layer: at
-    gain 0.5 a plain float32 gradient is zero beyond 140 layers, here depth 10,000 works. The forward pass is the
-    network's own: where the activations themselves overflow, what follows is inf or NaN and is returned as such.
+    The backward pass carries the cotangent as (mantissa, 2^exponent) and rescales it exactly after
+    every layer: at gain 0.5 a plain float32 gradient is zero beyond 140 layers, here depth 10,000
+    works. The forward pass is the network's own: where the activations themselves overflow, the
+    later ones are inf or NaN and are returned as such.
 
     Args:
-      step, h0, thetas: as in `check_step`. With a batched `h0` (and a step that takes one) the statistics are over
-        the batch and the gradients those of the batch's loss; for one example at a time use `jax.vmap`.
+      step, h0, thetas: as in `check_step`. With a batched `h0` (and a step that takes one) the
+        statistics are over the batch and the gradients those of the batch's loss; for one example
+        at a time use `jax.vmap`.
       loss: last state -> () loss.
 
     Returns:
@@ -304,9 +316,9 @@ def signals(
       ValueError: as `check_step`; a loss that is not a scalar.
 
     >>> import jax, jax.numpy as jnp
-    >>> w = 0.5 * jnp.broadcast_to(jnp.eye(4), (1000, 4, 4))            # the gradient is 2^-1000
+    >>> w = 0.5 * jnp.broadcast_to(jnp.eye(4), (1000, 4, 4))  # the gradient is 2^-1000
     >>> s = signals(lambda h, w: w @ h, jnp.ones(4), w, loss=lambda h: h.sum())
-    >>> round(float(s.log_cotangent_rms[0]), 2)                        # 1000 log 0.5
+    >>> round(float(s.log_cotangent_rms[0]), 2)  # 1000 log 0.5
     -693.15
     """
     check_step(step, h0, thetas)

@@ -1,6 +1,7 @@
 """The curvature of a loss as operators: Hessian, Gauss-Newton matrix, sharpness.
 
-    H = d^2 loss / d params^2,   G = J^T (d^2 loss / d f^2) J,   J = d f / d params,   sharpness = lambda_max(H)
+    H = d^2 loss / d params^2,   sharpness = lambda_max(H)
+    G = J^T (d^2 loss / d f^2) J,   J = d f / d params
 
 Gradient descent at rate eta is unstable on a quadratic of sharpness above 2 / eta; training drives
 the sharpness there (Cohen, Kaur, Li, Kolter, Talwalkar, arXiv:2103.00065, 2021). Each operator is
@@ -25,7 +26,8 @@ def _check_scalar(name: str, loss: Callable, *args: PyTree) -> None:
     leaves = jax.tree.leaves(shapes)
     if not leaves or any(not jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
         raise ValueError(
-            f"{name}: the parameters are {shapes}; real floating arrays are needed, the rest goes in args."
+            f"{name}: the parameters are {shapes}; real floating arrays are needed, "
+            "the rest goes in args."
         )
     out = jax.eval_shape(loss, *args)
     if getattr(out, "shape", None) != ():
@@ -35,19 +37,23 @@ def _check_scalar(name: str, loss: Callable, *args: PyTree) -> None:
 
 
 def hessian_operator(loss: Callable[..., Array], params: PyTree, *args: PyTree) -> Operator:
-    """v -> H v, H = d^2 loss / d params^2 at (params, *args), forward over reverse (Pearlmutter
-    1994).
+    """v -> H v with H = d^2 loss / d params^2 at (params, *args).
+
+    Forward over reverse (Pearlmutter 1994).
 
     Args:
       loss: (params, *args) -> ().
       params: pytree of real floating arrays; v and H v are like it.
       args: held fixed, such as a batch.
 
+    Returns:
+      The operator, linearised at `params`.
+
     Raises:
       ValueError: parameters that are not floating, a loss that is not a scalar.
 
     >>> import jax.numpy as jnp
-    >>> hessian_operator(lambda x: (x**3).sum(), jnp.array([1.0, 2.0]))(jnp.ones(2)).tolist()      # 6 x
+    >>> hessian_operator(lambda x: (x**3).sum(), jnp.array([1.0, 2.0]))(jnp.ones(2)).tolist()  # 6 x
     [6.0, 12.0]
     """
     _check_scalar("hessian_operator", loss, params, *args)
@@ -57,14 +63,16 @@ def hessian_operator(loss: Callable[..., Array], params: PyTree, *args: PyTree) 
 def gauss_newton_operator(
     model: Callable[..., PyTree], loss: Callable[[PyTree], Array], params: PyTree, *args: PyTree
 ) -> Operator:
-    """v -> G v, the generalised Gauss-Newton matrix of loss(model(params, *args)); positive
-    semi-definite.
+    """v -> G v, the generalised Gauss-Newton matrix of loss(model(params, *args)).
 
     Args:
       model: (params, *args) -> outputs, a pytree.
       loss: outputs -> (), convex for G to be positive semi-definite.
       params: pytree of real floating arrays; v and G v are like it.
       args: held fixed, such as the inputs.
+
+    Returns:
+      The operator, linearised at `params`.
 
     Raises:
       ValueError: parameters or outputs that are not floating, a loss that is not a scalar.
@@ -90,16 +98,15 @@ def sharpness(
     num_iters: int = 10,
     tol: float = 1e-5,
 ) -> TopEigenvalues:
-    """The largest eigenvalue of the loss's Hessian, its vector (like params) and its residual, by
-    block Krylov.
+    """The largest eigenvalue of the loss's Hessian, its vector and its residual, by block Krylov.
 
     Args:
       loss, params, args: as in `hessian_operator`.
-      key, block_size, num_iters, tol: as in `top_eigenvalues`; block_size * (num_iters + 1) vectors like params are
-        held.
+      key, block_size, num_iters, tol: as in `top_eigenvalues`; block_size * (num_iters + 1) vectors
+        like params are held.
 
     Returns:
-      `TopEigenvalues` without the leading axis.
+      `TopEigenvalues` without the leading axis; the vector is like params.
 
     Raises:
       ValueError: as `hessian_operator` and `top_eigenvalues`.

@@ -1,6 +1,4 @@
-"""The largest singular values of a Jacobian and eigenvalues of a symmetric operator, by block
-Krylov methods.
-"""
+"""Top singular values of a Jacobian and top eigenvalues of an operator, by block Krylov."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,30 +16,46 @@ PyTree = Any
 
 
 class TopSingular(NamedTuple):
-    """The largest singular values of J, descending, with their vectors and what they are worth."""
+    """The largest singular values of J, descending, with their vectors and residuals.
 
-    log_singular_values: (
-        Array  # (k,) nats, to 1e-7 of itself (float32); for more digits mantissa * 2^exponent
-    )
-    mantissa: Array  # (k,) sigma_i = mantissa_i * 2^exponent
-    exponent: Array  # () int32
-    left: PyTree  # (k, ...) u_i, orthonormal, like the last state
-    right: PyTree  # (k, ...) v_i, orthonormal, like h0
-    residual: Array  # (k,) ||J^T u_i - sigma_i v_i|| / sigma_i: a singular value lies within residual * sigma_i
-    converged: (
-        Array  # (k,) bool: residual^2, the estimated relative error of sigma_i, is at most tol
-    )
+    Attributes:
+      log_singular_values: (k,) nats, to 1e-7 of itself (float32); for more digits use
+        mantissa * 2^exponent.
+      mantissa: (k,) with sigma_i = mantissa_i * 2^exponent.
+      exponent: () int32.
+      left: (k, ...) u_i, orthonormal, like the last state.
+      right: (k, ...) v_i, orthonormal, like h0.
+      residual: (k,) ||J^T u_i - sigma_i v_i|| / sigma_i: a singular value lies within
+        residual * sigma_i.
+      converged: (k,) bool: residual^2, the estimated relative error of sigma_i, is at most tol.
+    """
+
+    log_singular_values: Array
+    mantissa: Array
+    exponent: Array
+    left: PyTree
+    right: PyTree
+    residual: Array
+    converged: Array
 
 
 class TopEigenvalues(NamedTuple):
-    """The most positive eigenvalues of a symmetric operator, descending; no leading axis from
-    `sharpness`.
+    """The most positive eigenvalues of a symmetric operator, descending.
+
+    `sharpness` returns one without the leading axis.
+
+    Attributes:
+      eigenvalues: (k,).
+      vectors: (k, ...) orthonormal, like the operator's argument.
+      residual: (k,) ||A v_i - lambda_i v_i|| / |lambda_i|: an eigenvalue lies within
+        residual * |lambda_i|.
+      converged: (k,) bool: residual^2, the estimated relative error, is at most tol.
     """
 
-    eigenvalues: Array  # (k,)
-    vectors: PyTree  # (k, ...) orthonormal, like the operator's argument
-    residual: Array  # (k,) ||A v_i - lambda_i v_i|| / |lambda_i|: an eigenvalue lies within residual * |lambda_i|
-    converged: Array  # (k,) bool: residual^2, the estimated relative error, is at most tol
+    eigenvalues: Array
+    vectors: PyTree
+    residual: Array
+    converged: Array
 
 
 def _krylov(
@@ -53,11 +67,13 @@ def _krylov(
     block_size: int | None,
     num_iters: int,
 ):
-    """Orthonormal rows (m, n) of the Krylov space of a random block, and what `image_of(rows)[1]`
-    kept of each block.
+    """The Krylov space of a random block, with the k, block_size and num_iters of `name` checked.
 
-    Where the blocks would fill the space the basis is the identity. It carries no derivative: at a singular vector
-    the value's first derivative is that of the operator alone.
+    Where the blocks would fill the space the basis is the identity. It carries no derivative: at a
+    singular vector the value's first derivative is that of the operator only.
+
+    Returns:
+      orthonormal rows (m, n); and `image_of(block)[1]` of every block, stacked.
     """
     if not 1 <= k <= n:
         raise ValueError(
@@ -73,23 +89,24 @@ def _krylov(
     if block_size * (num_iters + 1) >= n:
         return jnp.eye(n), jax.tree.map(lambda x: x[None], image_of(jnp.eye(n))[1])
 
+    def random(key):
+        return jax.random.normal(key, (block_size, n), jnp.result_type(float))
+
     def body(state, index):
         block, basis = state
         basis = basis.at[index].set(block)
         image, kept = image_of(block)
         before = basis.reshape(-1, n)
         block = rows.orthonormal(lax.stop_gradient(image))
-        # Where the space is exhausted nothing is left but rounding errors, along the basis itself:
-        # a random direction above them keeps the basis orthonormal, and below 1e-6 it moves no Ritz
-        # value.
-        fresh = random(jax.random.fold_in(key, index)) * (
-            10.0 * jnp.finfo(block.dtype).eps / n**0.5
-        )
+        # Where the space is exhausted only rounding errors are left, along the basis itself: a
+        # random direction larger than they keeps the basis orthonormal, and below 1e-6 it moves no
+        # Ritz value.
+        size_of_fresh = 10.0 * jnp.finfo(block.dtype).eps / n**0.5
+        fresh = random(jax.random.fold_in(key, index)) * size_of_fresh
         for extra in (fresh, 0.0, 0.0):
             block = rows.orthonormal(block - (block @ before.T) @ before + extra)
         return (block, basis), kept
 
-    random = lambda key: jax.random.normal(key, (block_size, n), jnp.result_type(float))
     key, start = jax.random.split(key)
     first = rows.orthonormal(random(start))
     basis = jnp.zeros((num_iters + 1, block_size, n), first.dtype)
@@ -108,46 +125,49 @@ def top_singular_values(
     num_iters: int = 6,
     tol: float = 1e-5,
 ) -> TopSingular:
-    """The k largest singular values of the Jacobian at `h0`, with vectors and residuals, by a block
-    Krylov method.
+    """The k largest singular values of the Jacobian at `h0`, with vectors and residuals.
 
         Q = orth(V, J^T J V, .., (J^T J)^q V),  V random;     J Q = U S Y^T;     v_i = Q y_i
 
-    Composes with jit and vmap. The values have derivatives with respect to all that J depends on, right to first
-    order where they are converged and simple; vectors and residuals have none.
+    A block Krylov method. Composes with jit and vmap. The values have derivatives with respect to
+    all that J depends on, right to first order where they are converged and simple; vectors and
+    residuals have none.
 
     Args:
-      step: `step(h, theta) -> h` to be scanned over `thetas`; a list of links; or, with `thetas` left out, any
-        function `f(h) -> h'`, which is one link (and is rescaled only as a whole).
+      step: `step(h, theta) -> h` to be scanned over `thetas`; a list of links; or, with `thetas`
+        left out, any function `f(h) -> h'`, which is one link (and is rescaled only as a whole).
       h0: pytree of real floating arrays, N numbers.
       thetas: pytree, every leaf (depth, ...); PRNG keys from which the step draws its weights are
         made for this.
       k: number of values, at most min(N, N').
-      key: of V. Where the values are converged another key gives the same.
-      block_size: rows of V, at least k; default max(k, 8). More help clustered values.
+      key: draws V. Where the values are converged another key gives the same ones.
+      block_size: rows of V, at least k; default max(k, 8). More rows help with clustered values.
       num_iters: q; 6 gives the top 16 of a Gaussian network of width 2048 and depth 32 to 1e-5.
       tol: the relative error that `converged` accepts.
 
     Returns:
-      `TopSingular`. The residual bounds the distance to some singular value; its square is an estimate, and no bound,
-      of the relative error. Where block_size * (q + 1) >= min(N, N') the whole of J is used.
+      `TopSingular`. The residual bounds the distance to some singular value; its square is an
+      estimate of the relative error, not a bound. Where block_size * (q + 1) >= min(N, N') the
+      whole of J is used.
 
     Raises:
       ValueError: k, block_size or num_iters out of range; a step as in `check_step`.
 
     References:
-      Halko, Martinsson, Tropp, Finding structure with randomness, arXiv:0909.4061, 2009, section 4.5.
-      Musco, Musco, Randomized block Krylov methods for stronger and faster approximate singular value
-      decomposition, arXiv:1504.05477, 2015, algorithm 2.
+      Halko, Martinsson, Tropp, Finding structure with randomness, arXiv:0909.4061, 2009, section
+      4.5.
+      Musco, Musco, Randomized block Krylov methods for stronger and faster approximate singular
+      value decomposition, arXiv:1504.05477, 2015, algorithm 2.
 
     >>> import jax, jax.numpy as jnp
-    >>> w = jnp.broadcast_to(2.0 * jnp.eye(4), (1000, 4, 4))                   # sigma = 2^1000
+    >>> w = jnp.broadcast_to(2.0 * jnp.eye(4), (1000, 4, 4))  # sigma = 2^1000
     >>> top = top_singular_values(lambda h, w: w @ h, jnp.ones(4), w, k=2, key=jax.random.key(0))
-    >>> [round(float(x), 2) for x in top.log_singular_values], top.converged.tolist()      # 1000 log 2
+    >>> [round(float(x), 2) for x in top.log_singular_values], top.converged.tolist()  # 1000 log 2
     ([693.15, 693.15], [True, True])
     """
     links, first, last = rows.linearize(step, h0, thetas)
-    wide = size(last) < size(first)  # the Krylov space lives on the smaller side
+    # the Krylov space lives on the smaller side
+    wide = size(last) < size(first)
 
     def there_and_back(block):
         there, out = apply(links, block, transpose=wide)
@@ -162,11 +182,8 @@ def top_singular_values(
     there = rows.times_two_to(there, (out - exponent)[:, None, None]).reshape(basis.shape[0], -1)
     back = rows.times_two_to(back, (out + into - 2 * exponent)[:, None, None]).reshape(basis.shape)
     weights, sigma, images = jnp.linalg.svd(there, full_matrices=False)
-    weights, sigma, images = (
-        lax.stop_gradient(weights[:, :k].T),
-        sigma[:k],
-        lax.stop_gradient(images[:k]),
-    )
+    weights, sigma = lax.stop_gradient(weights[:, :k].T), sigma[:k]
+    images = lax.stop_gradient(images[:k])
     ritz, value = weights @ basis, lax.stop_gradient(sigma)
     returned = weights @ lax.stop_gradient(back) / jnp.where(value > 0, value, 1.0)[:, None]
     residual = rows.relative(jnp.linalg.norm(returned - value[:, None] * ritz, axis=1), value)
@@ -192,10 +209,11 @@ def top_eigenvalues(
     num_iters: int = 10,
     tol: float = 1e-5,
 ) -> TopEigenvalues:
-    """The k most positive eigenvalues of a symmetric operator, with vectors and residuals, by a
-    block Krylov method.
+    """The k most positive eigenvalues of a symmetric operator, with vectors and residuals.
 
-    Q = orth(V, A V, .., A^q V),  V random;     Q^T A Q = Y diag(lambda) Y^T;     v_i = Q y_i. One A v per row of Q.
+        Q = orth(V, A V, .., A^q V),  V random;     Q^T A Q = Y diag(lambda) Y^T;     v_i = Q y_i
+
+    A block Krylov method, at one A v per row of Q.
 
     Args:
       operator: v -> A v, linear and symmetric, on pytrees like `like`; for the most negative values
@@ -205,7 +223,7 @@ def top_eigenvalues(
 
     Returns:
       `TopEigenvalues`; where block_size * (q + 1) fills the space, all eigenvalues were found and
-      the top k are given.
+      the top k are returned.
 
     Raises:
       ValueError: an operator that changes shapes, integers in `like`, k, block_size or num_iters

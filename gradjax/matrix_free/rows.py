@@ -1,9 +1,8 @@
-"""A Jacobian as maps of blocks of rows, layer by layer, each layer followed by an exact power of
-two.
+"""A Jacobian as maps of blocks of rows, layer by layer, rescaled by exact powers of two.
 
 A block (b, N) costs little more than one vector where its vectors are rows: a layer's weights are
-read once. Of each layer its state and the residuals of up to 8 times the state's size are stored,
-O(depth * width); larger residuals (the weights, or what a key draws) are made again from theta.
+read once. The state of every layer is stored, and its residuals of up to 8 times the state's size,
+O(depth * width); larger residuals (the weights, or what a key draws) are computed again from theta.
 """
 
 from collections.abc import Callable
@@ -20,12 +19,16 @@ from gradjax.core.step import Links, Scan, Step, check_step, is_links
 PyTree = Any
 Operator = Callable[[PyTree], PyTree]
 
-STORED = 8  # times the size of a layer's state
+# Residuals of up to this many times the size of a layer's state are stored.
+STORED = 8
 
 
 class Link(NamedTuple):
-    """One link linearised: `maps(layer)` is (v -> J_l v, u -> J_l^T u), `layers` their stack, None
-    for one layer.
+    """One link linearised.
+
+    Attributes:
+      maps: layer -> (v -> J_l v, u -> J_l^T u).
+      layers: the stack of its layers, each an argument of `maps`; None for a single layer.
     """
 
     maps: Callable[[PyTree], tuple[Callable, Callable]]
@@ -58,7 +61,10 @@ def _pull_back(step: Step, h: PyTree, theta: PyTree) -> tuple[PyTree, Callable]:
 def _both_ways(pull: Callable, h_next: PyTree) -> tuple[Callable, Callable]:
     """(v -> J v, u -> J^T u) in the default float dtype, whatever the state's."""
     like, dtype = jax.eval_shape(lambda h: ravel_pytree(h)[0], h_next), jnp.result_type(float)
-    up = lambda u: pull(u.astype(like.dtype))[0].astype(dtype)
+
+    def up(u):
+        return pull(u.astype(like.dtype))[0].astype(dtype)
+
     # transposed twice, a product has the vector as its first operand: under vmap, rows
     down = jax.linear_transpose(up, jax.ShapeDtypeStruct(like.shape, dtype))
     return (lambda v: down(v)[0]), up
@@ -67,22 +73,28 @@ def _both_ways(pull: Callable, h_next: PyTree) -> tuple[Callable, Callable]:
 def linearize(
     step: Step | Links | Operator, h0: PyTree, thetas: PyTree | None
 ) -> tuple[list[Link], PyTree, PyTree]:
-    """The Jacobian at h0 of a step, of links, or (thetas None) of a function of h alone; the first
-    and last state.
+    """The Jacobian at h0 of a step, of links, or (thetas None) of a function of h only.
+
+    Returns:
+      the linearised links; the first state; the last state.
     """
     if callable(step) and thetas is None:
         function = step
         step = [(lambda h, _: function(h), None)]  # type: ignore[call-arg]
     try:
         check_step(step, h0, thetas)  # type: ignore[arg-type]
-    except TypeError as error:  # inner dimensions, from within the step
+    except TypeError as error:
+        # inner dimensions that do not match, from within the step
         shapes = [tuple(jnp.shape(x)) for x in jax.tree.leaves(h0)]
         raise ValueError(
             f"matrix_free: the step does not accept h0 of shapes {shapes}: {error}"
         ) from error
     if any(jnp.iscomplexobj(x) for x in jax.tree.leaves(h0)):
         raise ValueError("matrix_free: the state h0 is complex; real floating arrays are needed.")
-    small = lambda pull, h: [x.size <= STORED * size(h) for x in jax.tree.leaves(pull)]
+
+    def small(pull, h):
+        return [x.size <= STORED * size(h) for x in jax.tree.leaves(pull)]
+
     h, found = jax.tree.map(jnp.asarray, h0), []
     for link in step if is_links(step) else [Scan(step, thetas)]:  # type: ignore[union-attr, arg-type]
         one_step, theta = link
@@ -94,10 +106,8 @@ def linearize(
 
         def forward(h, theta, one_step=one_step):
             h_next, pull = _pull_back(one_step, h, theta)
-            return h_next, (
-                h,
-                [x for x, keep in zip(jax.tree.leaves(pull), small(pull, h), strict=True) if keep],
-            )
+            leaves = zip(jax.tree.leaves(pull), small(pull, h), strict=True)
+            return h_next, (h, [x for x, keep in leaves if keep])
 
         def maps(layer, one_step=one_step):
             # the stored residuals replace those just computed, and the compiler drops their
@@ -116,20 +126,21 @@ def linearize(
 
 
 def times_two_to(block: Array, exponent: Array) -> Array:
-    """block * 2^exponent, exact for normal numbers; exponents are clipped to +-126, so that the
-    factor is one.
-    """
+    """block * 2^exponent, exact for normal numbers; exponents are clipped to +-126."""
     return block * jnp.ldexp(jnp.ones((), block.dtype), jnp.clip(exponent, -126, 126))
 
 
 def apply(
     links: list[Link], block: Array, shifts: list[Array] | None = None, *, transpose: bool = False
 ):
-    """(block J^T, shifts), or with `transpose` (block J, shifts); what was (b, N) is short of a
-    factor 2^sum(shifts).
+    """block J^T / 2^sum(shifts), or with `transpose` block J / 2^sum(shifts), and the shifts.
 
-    Shifts, (depth,) int32 per link, are the powers of two taken out after each layer, by default what brings the
-    block's largest entry into [1/2, 1).
+    Args:
+      links: of `linearize`.
+      block: (b, N).
+      shifts: (depth,) int32 per link, the powers of two taken out after each layer; by default
+        those that bring the block's largest entry into [1/2, 1).
+      transpose: whether the block comes from the last state.
     """
     used: list[Any] = [None] * len(links)
     for i in reversed(range(len(links))) if transpose else range(len(links)):
@@ -158,10 +169,13 @@ def total_shift(shifts: list[Array]) -> Array:
 def scaled(
     step: Any, h0: PyTree, thetas: PyTree | None, key: Array
 ) -> tuple[Callable, Array, int, int]:
-    """(matvec(v, transpose) of J / 2^e with largest singular value near 1, e, N, N'): what matfree
-    can be given.
+    """J / 2^e with largest singular value near 1, as matfree takes it.
 
-    The power of two per layer is fixed, that of the top direction after two power iterations, so the map is linear.
+    The power of two per layer is fixed, that of the top direction after two power iterations, so
+    the map is linear.
+
+    Returns:
+      matvec(v, transpose); e; N; N'.
     """
     links, first, last = linearize(step, h0, thetas)
     block = jax.random.normal(key, (min(4, size(first)), size(first)), jnp.result_type(float))
@@ -170,7 +184,10 @@ def scaled(
     block, shifts = apply(links, orthonormal(block))
     rest = jnp.frexp(jnp.max(jnp.linalg.norm(block, axis=1)))[1].astype(jnp.int32)
     shifts = jax.tree.map(lax.stop_gradient, [*shifts[:-1], shifts[-1].at[-1].add(rest)])
-    matvec = lambda v, transpose=False: apply(links, v[None], shifts, transpose=transpose)[0][0]
+
+    def matvec(v, transpose=False):
+        return apply(links, v[None], shifts, transpose=transpose)[0][0]
+
     return matvec, total_shift(shifts), size(first), size(last)
 
 
@@ -181,16 +198,17 @@ def orthonormal(rows: Array) -> Array:
 
 def relative(error: Array, value: Array) -> Array:
     """error / value for value >= 0; at value 0 it is 0 for no error and inf otherwise."""
-    return jnp.where(
-        value > 0, error / jnp.where(value > 0, value, 1.0), jnp.where(error > 0, jnp.inf, 0.0)
-    )
+    at_zero = jnp.where(error > 0, jnp.inf, 0.0)
+    return jnp.where(value > 0, error / jnp.where(value > 0, value, 1.0), at_zero)
 
 
 def flat_operator(
     name: str, operator: Operator, like: PyTree
 ) -> tuple[Callable[[Array], Array], int]:
-    """(the operator on flat vectors of the default float dtype, their length), its shapes
-    checked.
+    """The operator on flat vectors of the default float dtype, its shapes checked.
+
+    Returns:
+      v -> A v; the length of v.
     """
     shapes = jax.eval_shape(lambda x: x, like)
     leaves = jax.tree.leaves(shapes)
@@ -201,10 +219,13 @@ def flat_operator(
     image = jax.eval_shape(operator, shapes)
     if jax.tree.map(jnp.shape, image) != jax.tree.map(jnp.shape, shapes):
         raise ValueError(
-            f"{name}: the operator maps {shapes} to {image}; equal structures and shapes are needed."
+            f"{name}: the operator maps {shapes} to {image}; "
+            "equal structures and shapes are needed."
         )
     zeros, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    matvec = lambda v: ravel_pytree(operator(unravel(v.astype(zeros.dtype))))[0].astype(
-        jnp.result_type(float)
-    )
+
+    def matvec(v):
+        image = operator(unravel(v.astype(zeros.dtype)))
+        return ravel_pytree(image)[0].astype(jnp.result_type(float))
+
     return matvec, zeros.size

@@ -1,6 +1,4 @@
-"""Moments, traces and spectral densities by Monte Carlo, on matfree's samplers, estimators and
-decompositions.
-"""
+"""Moments, traces and spectral densities by Monte Carlo, built on matfree."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,39 +16,44 @@ PyTree = Any
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo estimate."""
+    """A Monte Carlo estimate and the standard error of its value, inf from a single sample."""
 
     value: Array
-    standard_error: Array  # of the value; inf from a single sample
+    standard_error: Array
 
 
 class SpectralDensity(NamedTuple):
-    """Quadrature nodes and weights of the spectrum, and their sum smoothed by a Gaussian."""
+    """Quadrature nodes and weights of the spectrum, and their sum smoothed by a Gaussian.
 
-    grid: Array  # (num_points,) log sigma in nats, or eigenvalues
-    density: Array  # (num_points,) per unit of the grid; its integral is 1 - mass_at_zero
-    standard_error: (
-        Array  # (num_points,) of the density, over the samples; the bias of smoothing is not in it
-    )
-    nodes: Array  # (num_samples, m) Ritz values, good for sums and not each for itself; -inf: sigma is zero
-    weights: Array  # (num_samples, m), rows sum to 1
-    mass_at_zero: Array  # () share of the singular values that are zero to rounding
+    Attributes:
+      grid: (num_points,) log sigma in nats, or eigenvalues.
+      density: (num_points,) per unit of the grid; its integral is 1 - mass_at_zero.
+      standard_error: (num_points,) of the density, over the samples, without the bias of smoothing.
+      nodes: (num_samples, m) Ritz values, for use in sums only; -inf: sigma is zero.
+      weights: (num_samples, m), rows sum to 1.
+      mass_at_zero: () fraction of the singular values that are zero to rounding.
+    """
+
+    grid: Array
+    density: Array
+    standard_error: Array
+    nodes: Array
+    weights: Array
+    mass_at_zero: Array
 
 
 def _samples(
     name: str, integrand: Callable, n: int, num_samples: int, key: Array
 ) -> tuple[PyTree, PyTree]:
-    """Mean and standard error of integrand(z) over Rademacher vectors z; matfree divides by n, an
-    estimate by n - 1.
-    """
+    """Mean and standard error of integrand(z) over Rademacher vectors z."""
     _check_counts(name, num_samples=num_samples)
     sampler = stochtrace.sampler_signs(jnp.zeros((n,)), num=num_samples)
     run = stochtrace.estimator_monte_carlo_mean_and_sem(lambda _, z: integrand(z), sampler)
     mean, error = run(None, key)
-    one = num_samples == 1
-    return mean, jnp.full_like(mean, jnp.inf) if one else error * (
-        num_samples / (num_samples - 1)
-    ) ** 0.5
+    if num_samples == 1:
+        return mean, jnp.full_like(mean, jnp.inf)
+    # matfree divides the sum of squares by num_samples, an unbiased estimate by num_samples - 1
+    return mean, error * (num_samples / (num_samples - 1)) ** 0.5
 
 
 def log_moments(
@@ -62,14 +65,15 @@ def log_moments(
     order: int = 2,
     num_samples: int = 16,
 ) -> Estimate:
-    """log m_j = log(tr (J J^T)^j / N'), j = 1 .. order, N' the size of the last state, by
-    Hutchinson's estimator.
+    """log m_j = log(tr (J J^T)^j / N'), j = 1 .. order, by Hutchinson's estimator.
 
         tr (J J^T)^j = E ||.. J^T J z||^2 with j factors,  z_i = +-1
 
+    N' is the size of the last state.
+
     Args:
       step, h0, thetas: as in `top_singular_values`; m_j may be far beyond a float.
-      key, num_samples: of the vectors z, which go through J as one block.
+      key, num_samples: for the vectors z, which go through J as one block.
       order: the last moment.
 
     Returns:
@@ -100,8 +104,7 @@ def log_moments(
 
 
 def trace(operator: Operator, like: PyTree, *, key: Array, num_samples: int = 16) -> Estimate:
-    """Hutchinson's estimate, (), of tr A of a linear operator v -> A v on pytrees like `like`, and
-    its standard error.
+    """Hutchinson's estimate, (), of the trace of a linear operator v -> A v on pytrees like `like`.
 
     Raises:
       ValueError: an operator as in `top_eigenvalues`; num_samples below 1.
@@ -117,17 +120,16 @@ def _check_counts(name: str, **counts: int) -> None:
 
 
 def _until_exhausted(small: Any, *offsets: int) -> Array:
-    """matfree's tridiagonal or bidiagonal matrix up to where the Krylov space is exhausted, then
-    zeros.
+    """matfree's tri- or bidiagonal matrix until the Krylov space is exhausted, then zeros.
 
-    There matfree divides a rounding error by its norm, or 0 by 0, and what follows is not orthogonal to what came
-    before. It has no weight in the quadrature: the coupling, a product of the entries at `offsets`, is zero.
+    From there on matfree divides a rounding error by its norm, or 0 by 0, and the later vectors are
+    not orthogonal to the earlier ones. They have no weight in the quadrature: the coupling, a
+    product of the entries at `offsets`, is zero.
     """
     size = jnp.max(jnp.where(jnp.isfinite(small), jnp.abs(small), 0.0))
     couplings = [jnp.abs(jnp.diagonal(small, offset))[: small.shape[0] - 1] for offset in offsets]
-    goes_on = jnp.stack([x > 30.0 * jnp.finfo(small.dtype).eps * size for x in couplings]).all(
-        axis=0
-    )
+    rounding = 30.0 * jnp.finfo(small.dtype).eps * size
+    goes_on = jnp.stack([x > rounding for x in couplings]).all(axis=0)
     kept = jnp.concatenate([jnp.ones(1, bool), jnp.cumprod(goes_on) > 0])
     return jnp.where(kept[:, None] & kept[None, :], small, 0.0)
 
@@ -135,25 +137,23 @@ def _until_exhausted(small: Any, *offsets: int) -> Array:
 def _smooth(
     nodes: Array, weights: Array, bandwidth: float | None, floor: Any, num_points: int
 ) -> SpectralDensity:
+    """The density on a grid; `floor` is the smallest bandwidth that is chosen by default."""
     finite = jnp.isfinite(nodes)
     seen = finite & (weights > 1e-6)
     low, high = jnp.min(jnp.where(seen, nodes, jnp.inf)), jnp.max(jnp.where(seen, nodes, -jnp.inf))
     low, high = (jnp.where(jnp.isfinite(x), x, 0.0) for x in (low, high))
-    width = (
-        jnp.maximum((high - low) / nodes.shape[1], floor)
-        if bandwidth is None
-        else jnp.asarray(bandwidth, low.dtype)
-    )
+    if bandwidth is None:
+        width = jnp.maximum((high - low) / nodes.shape[1], floor)
+    else:
+        width = jnp.asarray(bandwidth, low.dtype)
     grid = jnp.linspace(low - 5.0 * width, high + 5.0 * width, num_points)
     z = (grid[:, None, None] - jnp.where(finite, nodes, 0.0)[None]) / width
     kernels = jnp.exp(-0.5 * z**2) / (width * (2.0 * jnp.pi) ** 0.5)
     density = jnp.sum(kernels * jnp.where(finite, weights, 0.0)[None], axis=2)
     count = nodes.shape[0]
-    error = (
-        jnp.std(density, axis=1, ddof=1) / count**0.5
-        if count > 1
-        else jnp.full(num_points, jnp.inf)
-    )
+    error = jnp.full(num_points, jnp.inf)
+    if count > 1:
+        error = jnp.std(density, axis=1, ddof=1) / count**0.5
     at_zero = jnp.sum(jnp.where(finite, 0.0, weights)) / count
     return SpectralDensity(grid, jnp.mean(density, axis=1), error, nodes, weights, at_zero)
 
@@ -169,31 +169,34 @@ def singular_value_density(
     bandwidth: float | None = None,
     num_points: int = 256,
 ) -> SpectralDensity:
-    """The density of log sigma of the Jacobian, by stochastic Lanczos quadrature on matfree's
-    bidiagonalisation.
+    """The density of log sigma of the Jacobian, by stochastic Lanczos quadrature.
 
-        rho(x) = 1/N sum_i delta(x - log sigma_i) = E sum_m w_m delta(x - log s_m),  s_m singular
-        values of z's B
+        rho(x) = 1/N sum_i delta(x - log sigma_i) = E sum_m w_m delta(x - log s_m)
+
+    s_m are the singular values of the bidiagonal matrix that matfree makes from a random vector z.
 
     Args:
       step, h0, thetas: as in `top_singular_values`, N numbers in h0.
-      key, num_samples: of the vectors z, +-1.
-      num_matvecs: nodes per vector, m: their sums are exact for polynomials in sigma^2 up to degree 2 m - 1; at most
-        the smaller side of J is used.
-      bandwidth: nats; by default the nodes' spread / num_matvecs, what they can resolve, and at
-        least 0.01.
+      key, num_samples: for the vectors z, whose entries are +-1.
+      num_matvecs: nodes per vector, m: their sums are exact for polynomials in sigma^2 up to degree
+        2 m - 1; at most the smaller side of J is used.
+      bandwidth: nats; by default the nodes' spread / num_matvecs, which is what they can resolve,
+        and at least 0.01.
       num_points: of the grid, which goes 5 bandwidths beyond the nodes.
 
     Returns:
-      `SpectralDensity` over log sigma in nats. What is below num_matvecs * eps of the largest value is noise and counts
-      as zero: where the network is as graded as that, `mass_at_zero` is the share below.
+      `SpectralDensity` over log sigma in nats. Values below num_matvecs * eps of the largest are
+      noise and count as zero: for a network as graded as that, `mass_at_zero` is the fraction
+      below.
 
     Raises:
       ValueError: a count below 1, a step as in `check_step`.
 
     References:
-      Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature, SIAM J. Matrix Anal. 38, 2017.
-      Lin, Saad, Yang, Approximating spectral densities of large matrices, arXiv:1308.5467, 2013, section 3.2.
+      Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature, SIAM J.
+      Matrix Anal. 38, 2017.
+      Lin, Saad, Yang, Approximating spectral densities of large matrices, arXiv:1308.5467, 2013,
+      section 3.2.
     """
     name = "singular_value_density"
     _check_counts(name, num_samples=num_samples, num_matvecs=num_matvecs, num_points=num_points)
@@ -207,15 +210,11 @@ def singular_value_density(
         )
         return sigma, right[:, 0] ** 2
 
-    sigma, weights = jax.vmap(quadrature)(
-        stochtrace.sampler_signs(jnp.zeros((n_in,)), num=num_samples)(key)
-    )
+    signs = stochtrace.sampler_signs(jnp.zeros((n_in,)), num=num_samples)(key)
+    sigma, weights = jax.vmap(quadrature)(signs)
     zero = sigma <= num_matvecs * jnp.finfo(sigma.dtype).eps * jnp.max(sigma)
-    nodes = jnp.where(
-        zero,
-        -jnp.inf,
-        jnp.log(jnp.where(zero, 1.0, sigma)) + exponent.astype(sigma.dtype) * scale.LOG2,
-    )
+    shift = exponent.astype(sigma.dtype) * scale.LOG2
+    nodes = jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1.0, sigma)) + shift)
     return _smooth(nodes, weights, bandwidth, 0.01, num_points)
 
 
@@ -229,8 +228,7 @@ def spectral_density(
     bandwidth: float | None = None,
     num_points: int = 256,
 ) -> SpectralDensity:
-    """The density of a symmetric operator's eigenvalues, by stochastic Lanczos quadrature on
-    matfree's Lanczos.
+    """The density of a symmetric operator's eigenvalues, by stochastic Lanczos quadrature.
 
     For the Hessian of a loss see Ghorbani, Krishnan, Xiao, arXiv:1901.10159, 2019.
 
@@ -248,8 +246,8 @@ def spectral_density(
     name = "spectral_density"
     _check_counts(name, num_samples=num_samples, num_matvecs=num_matvecs, num_points=num_points)
     matvec, n = flat_operator(name, operator, like)
-    # what matfree's tridiag_sym runs; it averages H with its transpose, where an exhausted space no
-    # longer shows
+    # This is what matfree's tridiag_sym runs; that averages H with its transpose, which would hide
+    # an exhausted space.
     decompose = decomp.hessenberg(min(num_matvecs, n), reortho="full", custom_vjp=False)
 
     def quadrature(z):
@@ -259,10 +257,8 @@ def spectral_density(
         values, vectors = jnp.linalg.eigh(_until_exhausted(small, 1))
         return values, vectors[0] ** 2
 
-    nodes, weights = jax.vmap(quadrature)(
-        stochtrace.sampler_signs(jnp.zeros((n,)), num=num_samples)(key)
-    )
-    floor = jnp.maximum(
-        1e-3 * jnp.max(jnp.abs(nodes)), jnp.finfo(nodes.dtype).tiny
-    )  # of a spectrum of one point
+    signs = stochtrace.sampler_signs(jnp.zeros((n,)), num=num_samples)(key)
+    nodes, weights = jax.vmap(quadrature)(signs)
+    # a spectrum of one point has no spread
+    floor = jnp.maximum(1e-3 * jnp.max(jnp.abs(nodes)), jnp.finfo(nodes.dtype).tiny)
     return _smooth(nodes, weights, bandwidth, floor, num_points)
