@@ -219,8 +219,7 @@ _chi_first, _chi_second = functools.partial(_chi, 1), functools.partial(_chi, 2)
 
 
 def chi_1(sigma_w: Number, sigma_b: Number = 0.0, activation: Name = "tanh", **network) -> Array:
-    """chi_1 = sigma_w^2 E phi'(sqrt(q*) z)^2: the mean squared singular value of a layer's
-    Jacobian.
+    """Mean squared singular value of a layer's Jacobian, chi_1 = sigma_w^2 E phi'(sqrt(q*) z)^2.
 
     Also the slope of the correlation map at c = 1. Divided by the squared length before a
     LayerNorm, by 1 - dropout with dropout (Schoenholz 2017).
