@@ -1,5 +1,4 @@
-"""The gradient of a very deep network: trace and compile time, temporary memory, and the time that
-saves it costs.
+"""The gradient of a very deep network: compile time, temporary memory, and the cost of saving it.
 
     python benchmarks/bench_depth.py [--json] [--quick]
 
@@ -8,8 +7,7 @@ rematerialisation (`model.remat`). Memory is the compiled program's own analysis
 interleaved.
 """
 
-import argparse
-import json
+import functools
 import os
 import statistics
 import time
@@ -18,65 +16,45 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
+import report
 
 from gradjax.experiment import config, models
 
 
 def program(depth: int, remat: bool):
-    """The compiled gradient, its arguments, and the seconds that tracing and compiling took."""
+    """The compiled gradient with its arguments bound, MiB of temporaries, seconds to compile."""
     model = models.build(config.Model(depth=depth, width=128, remat=remat), 10)
     x = jax.random.normal(jax.random.key(0), (64, 128))
     params = jax.jit(lambda key: model.init(key, x))(jax.random.key(1))
-    gradient = jax.jit(
-        jax.grad(lambda params, x: jnp.mean(jax.nn.logsumexp(model.apply(params, x), -1)))
-    )
-    began = time.perf_counter()
-    compiled = gradient.lower(params, x).compile()
-    return compiled, (params, x), time.perf_counter() - began
 
+    def loss(params, x):
+        return jnp.mean(jax.nn.logsumexp(model.apply(params, x), -1))
 
-def seconds(compiled, args) -> float:
-    """One run."""
     began = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    return time.perf_counter() - began
+    compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
+    seconds = time.perf_counter() - began
+    mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return functools.partial(compiled, params, x), mib, seconds
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--quick", action="store_true", help="1,000 layers")
-    options = parser.parse_args()
-    depth, repeats = (1_000, 3) if options.quick else (10_000, 5)
-    (plain, args, compile_plain), (remat, _, compile_remat) = (
-        program(depth, False),
-        program(depth, True),
-    )
-    times = [(seconds(plain, args), seconds(remat, args)) for _ in range(repeats + 1)][1:]
-    mib = {
-        name: x.memory_analysis().temp_size_in_bytes / 2**20
-        for name, x in (("plain", plain), ("remat", remat))
-    }
+    options = report.parser(__doc__, "1,000 layers", write=False).parse_args()
+    depth, rounds = (1_000, 3) if options.quick else (10_000, 5)
+    made = {name: program(depth, name == "remat") for name in ("plain", "remat")}
+    times = report.interleave({name: call for name, (call, *_) in made.items()}, rounds)
+    over = report.median_ratio(times["remat"], times["plain"])
     out = {
         "depth": depth,
-        "compile_seconds": {"plain": compile_plain, "remat": compile_remat, "goal": 0.5},
-        "temporary_mib": {**mib, "goal": 32},
-        "time_ratio": {"remat_over_plain": statistics.median(b / a for a, b in times), "goal": 1.1},
-        "seconds": {
-            "plain": statistics.median(a for a, _ in times),
-            "remat": statistics.median(b for _, b in times),
-        },
+        "compile_seconds": {name: seconds for name, (*_, seconds) in made.items()} | {"goal": 0.5},
+        "temporary_mib": {name: mib for name, (_, mib, _) in made.items()} | {"goal": 32},
+        "time_ratio": {"remat_over_plain": over, "goal": 1.1},
+        "seconds": {name: statistics.median(each) for name, each in times.items()},
     }
-    if options.json:
-        print(json.dumps(out, indent=2))
-        return
-    for name, row in out.items():
-        print(
-            f"{name:16}", row if isinstance(row, int) else {k: round(v, 3) for k, v in row.items()}
-        )
+    if not options.json:
+        for row in out.values():
+            if isinstance(row, dict):
+                row.update({name: round(value, 3) for name, value in row.items()})
+    report.show(out, options.json)
 
 
 if __name__ == "__main__":

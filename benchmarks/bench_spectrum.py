@@ -15,11 +15,9 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import argparse
 import functools
-import importlib.metadata
 import importlib.util
-import json
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import report
 from jax import lax
+from report import row
 
 from gradjax import spectrum
 from gradjax.spectrum import grading
@@ -54,11 +53,9 @@ def tanh_step(h, w):
 def network(kind, gain, depth, n, seed):
     """(weights, layer Jacobians, input) of a tanh network."""
     keys = jax.random.split(jax.random.key(seed), depth)
-    initial = (
-        jax.nn.initializers.orthogonal(gain)
-        if kind == "orthogonal"
-        else jax.nn.initializers.normal(gain / n**0.5)
-    )
+    initial = jax.nn.initializers.normal(gain / n**0.5)
+    if kind == "orthogonal":
+        initial = jax.nn.initializers.orthogonal(gain)
     weights = lax.map(lambda key: initial(key, (n, n)), keys)
     h0 = jax.random.normal(jax.random.key(seed + 1000), (n,))
 
@@ -71,10 +68,12 @@ def network(kind, gain, depth, n, seed):
 
 @jax.jit
 def floor(factors):
-    """L float32 products; over a leading axis of networks, if there is one, one network after
-    another.
-    """
-    one = lambda w: lax.scan(lambda j, x: (x @ j, None), jnp.eye(w.shape[-1], dtype=w.dtype), w)[0]
+    """L float32 products; networks along a leading axis are multiplied one after another."""
+
+    def one(w):
+        start = jnp.eye(w.shape[-1], dtype=w.dtype)
+        return lax.scan(lambda j, x: (x @ j, None), start, w)[0]
+
     return lax.map(one, factors) if factors.ndim == 4 else one(factors)
 
 
@@ -89,34 +88,18 @@ def batched_floor(factors):
 @jax.jit
 def naive(h0, weights):
     """What one writes without gradjax: jacrev of the whole network, and its SVD, in float32."""
-    forward = lambda h: lax.scan(lambda h, w: (tanh_step(h, w), None), h, weights)[0]
+
+    def forward(h):
+        return lax.scan(lambda h, w: (tanh_step(h, w), None), h, weights)[0]
+
     return jnp.log(jnp.linalg.svd(jax.jacrev(forward)(h0), compute_uv=False))
 
 
 def interleave(base, functions, rounds):
     """{name: median of time / base time}, and the median base time in ms."""
-    functions = {"base": base, **functions}
-    for f in functions.values():
-        jax.block_until_ready(f())
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(f())
-            times[name].append(time.perf_counter() - start)
-    base_times = np.array(times.pop("base"))
-    return {k: float(np.median(np.array(v) / base_times)) for k, v in times.items()}, float(
-        np.median(base_times) * 1e3
-    )
-
-
-def row(what, value, goal=None, note="", unit="floors"):
-    met = None if goal is None or value is None else bool(value <= goal)
-    print(
-        f"  {what:62s} {value if value is None else format(value, '.3g')} {unit}  goal {goal}  {note}",
-        flush=True,
-    )
-    return {"what": what, "value": value, "unit": unit, "goal": goal, "met": met, "note": note}
+    times = report.interleave({"base": base, **functions}, rounds)
+    over = {name: report.median_ratio(times[name], times["base"]) for name in functions}
+    return over, 1e3 * statistics.median(times["base"])
 
 
 def accuracy(quick):
@@ -129,23 +112,24 @@ def accuracy(quick):
             values, info = spectrum.log_singular_values(factors, return_info=True)
             traced = jax.jit(spectrum.log_singular_values)(jnp.asarray(factors))
             perturbed = np.abs(data[f"{case}_pert"] - exact).max()
-            note = f"perturbing the factors by 2^-24: {perturbed:.1e}; blocks {info.blocks}, rejects {info.rejects}"
-            rows.append(
-                row(f"error, {case}", float(np.abs(values - exact).max()), 1e-6, note, "nats")
+            note = (
+                f"perturbing the factors by 2^-24: {perturbed:.1e}; blocks {info.blocks}, "
+                f"rejects {info.rejects}"
             )
+            error = float(np.abs(values - exact).max())
+            rows.append(row(f"error, {case}", error, 1e-6, note, "nats"))
             error = float(np.abs(np.asarray(traced) - exact).max())
-            rows.append(
-                row(f"error, {case}, float32 on tracers", error, float(10 * perturbed), "", "nats")
-            )
+            what = f"error, {case}, float32 on tracers"
+            rows.append(row(what, error, float(10 * perturbed), "", "nats"))
     for n in (64,) if quick else (64, 256, 512):
         rng = np.random.default_rng(n)
         q = [np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(61)]
         logs = np.linspace(690.8 / 2, -690.8 / 2, n) / 60 + 0.3 * rng.standard_normal((60, n))
         factors = np.stack([q[i + 1] * np.exp(d) @ q[i].T for i, d in enumerate(logs)])
-        error = np.abs(spectrum.log_singular_values(factors) - -np.sort(-logs.sum(0))).max()
-        rows.append(
-            row(f"error, built to condition 1e300, N={n}, L=60", float(error), 1e-6, "", "nats")
-        )
+        exact = -np.sort(-logs.sum(0))
+        error = float(np.abs(spectrum.log_singular_values(factors) - exact).max())
+        what = f"error, built to condition 1e300, N={n}, L=60"
+        rows.append(row(what, error, 1e-6, "", "nats"))
     return rows
 
 
@@ -156,17 +140,22 @@ def speed(quick):
         for kind, gain, tol, goal in NETWORKS:
             weights, jacobians, h0 = network(kind, gain, DEPTH, n, 0)
             where = f"{kind} tanh g={gain}, N={n}, L={DEPTH}, tol {tol:.0e}"
-            of_factors = lambda j=jacobians, t=tol: spectrum.log_singular_values(j, tol=t)
-            of_step = lambda w=weights, h=h0, t=tol: spectrum.jacobian_spectrum(
-                tanh_step, h, w, tol=t
-            )
+
+            def of_factors(j=jacobians, t=tol):
+                return spectrum.log_singular_values(j, tol=t)
+
+            def of_step(w=weights, h=h0, t=tol):
+                return spectrum.jacobian_spectrum(tanh_step, h, w, tol=t)
+
             todo = {"factors": of_factors, "step": of_step}
             if tol == 1e-6:
                 todo["naive"] = lambda w=weights, h=h0: naive(h, w)
                 todo["finish"] = finish_of(jacobians, tol)
             found, ms = interleave(lambda j=jacobians: floor(j), todo, rounds)
             values, info = spectrum.log_singular_values(jacobians, tol=tol, return_info=True)
-            note = f"floor {ms:.0f} ms; blocks {info.blocks}, rejects {info.rejects}, {values[0] - values[-1]:.0f} nats"
+            spread = values[0] - values[-1]
+            note = f"floor {ms:.0f} ms; blocks {info.blocks}, rejects {info.rejects}, "
+            note += f"{spread:.0f} nats"
             rows.append(row(f"layer Jacobians given: {where}", found["factors"], goal, note))
             note = "each layer's jacrev multiplies by the identity: one float32 product more"
             rows.append(row(f"from the step: {where}", found["step"], goal, note))
@@ -174,20 +163,22 @@ def speed(quick):
                 error = np.abs(np.asarray(naive(h0, weights), float) - values)
                 note = "noise" if not error.max() < 0.1 else ""
                 note = f"max error {error.max():.1e} nats {note}"
-                rows.append(
-                    row(f"jax.jacrev + SVD in float32: {where}", found["naive"], None, note)
-                )
-                rows.append(row(f"finish alone: {where}", found["finish"], 0.4))
+                what = f"jax.jacrev + SVD in float32: {where}"
+                rows.append(row(what, found["naive"], None, note))
+                rows.append(row(f"the finish: {where}", found["finish"], 0.4))
     return rows
 
 
 def finish_of(jacobians, tol):
-    """Grading and windows of a sweep that is done."""
+    """Grading and windows of a finished sweep."""
     from gradjax.spectrum import product
 
     with jax.enable_x64(True):
         depth, n = jacobians.shape[:2]
-        layer = lambda w: lambda carry, i: (carry, w[i])
+
+        def layer(w):
+            return lambda carry, i: (carry, w[i])
+
         sweep = jax.jit(
             lambda w: product.sweep(layer(w), (), depth, n, tol=jnp.asarray(tol), dtype=w.dtype)
         )
@@ -232,7 +223,8 @@ found = jacobian_spectrum(step, jnp.zeros(n), jax.random.split(jax.random.key(3)
 seconds = time.time() - start
 i = np.arange(1, n + 1)
 exact = 0.5 * (np.log(2 / n) + digamma((n - i + 1) / 2))
-z = (found.log_singular_values / depth - exact) / np.sqrt(polygamma(1, (n - i + 1) / 2) / (4 * depth))
+error = np.sqrt(polygamma(1, (n - i + 1) / 2) / (4 * depth))
+z = (found.log_singular_values / depth - exact) / error
 # ru_maxrss would be the parent's, whose memory this process shared until exec
 peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 2**10
 print(seconds, peak, chi2.sf((z**2).sum(), n), np.sqrt((z**2).mean()), float(found.condition_nats))
@@ -260,8 +252,12 @@ TORCH = """
 import sys, time, torch
 n, depth, gain, kind = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 torch.manual_seed(0)
-make = torch.nn.init.orthogonal_ if kind == "orthogonal" else lambda w: torch.nn.init.normal_(w, std=n**-0.5)
-weights = [gain * make(torch.empty(n, n)) for _ in range(depth)]
+def draw():
+    w = torch.empty(n, n)
+    if kind == "orthogonal":
+        return torch.nn.init.orthogonal_(w)
+    return torch.nn.init.normal_(w, std=n**-0.5)
+weights = [gain * draw() for _ in range(depth)]
 def forward(h):
     for w in weights:
         h = torch.tanh(w @ h)
@@ -287,77 +283,37 @@ print(sorted(times)[1], bool(torch.isfinite(run()).all()))
 
 def torch_peer(quick):
     if importlib.util.find_spec("torch") is None:
-        return [
-            row(
-                "torch jacrev + svdvals",
-                None,
-                None,
-                "torch is not installed here (make bench installs it)",
-            )
-        ]
+        missing = "torch is not installed here (make bench installs it)"
+        return [row("torch jacrev + svdvals", None, note=missing)]
     rows = []
     for n in (128,) if quick else (256, 512):
         for kind, gain in (("orthogonal", 1.0), ("gaussian", 1.5)):
-            arguments = [str(n), str(DEPTH), str(gain), kind]
-            done = subprocess.run(
-                [sys.executable, "-c", TORCH, *arguments],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            command = [sys.executable, "-c", TORCH, str(n), str(DEPTH), str(gain), kind]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds, finite = done.stdout.split()[-2:]
             weights, _, h0 = network(kind, gain, DEPTH, n, 0)
-            jax.block_until_ready(spectrum.jacobian_spectrum(tanh_step, h0, weights))
-            start = time.perf_counter()
-            spectrum.jacobian_spectrum(tanh_step, h0, weights)
-            ours = time.perf_counter() - start
+            ours = functools.partial(spectrum.jacobian_spectrum, tanh_step, h0, weights)
+            jax.block_until_ready(ours())
+            over = report.clock(ours) / float(seconds)
             note = f"torch {1e3 * float(seconds):.0f} ms, its values finite: {finite}"
             goal = 0.4 if kind == "orthogonal" else 1.0
-            rows.append(
-                row(
-                    f"over torch jacrev + svdvals: {kind} g={gain}, N={n}",
-                    ours / float(seconds),
-                    goal,
-                    note,
-                    "x",
-                )
-            )
+            what = f"over torch jacrev + svdvals: {kind} g={gain}, N={n}"
+            rows.append(row(what, over, goal, note, "x"))
     return rows
 
 
-def markdown(rows, about, seconds):
-    lines = ["## Spectrum of the layer product", "", f"{about}; {seconds:.0f} s in all.", ""]
-    lines += [
-        "Floor: a float32 `lax.scan` of the same products, interleaved; ratios are medians of rounds. A load above "
-    ]
-    lines[-1] += "the number of cores means that other work ran beside it."
-    lines += [""]
-    lines += ["| what | value | goal | met | note |", "|---|---|---|---|---|"]
-    met = {None: "", True: "yes", False: "**no**"}
-    for r in rows:
-        value = "-" if r["value"] is None else f"{r['value']:.2g} {r['unit']}".strip()
-        goal = "-" if r["goal"] is None else f"{r['goal']:.2g}"
-        lines.append(f"| {r['what']} | {value} | {goal} | {met[r['met']]} | {r['note']} |")
-    return lines
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
-    args = parser.parse_args()
-    start, rows = time.time(), []
-    about = report.machine(numpy=np.__version__)
+    options = report.parser(__doc__, "small sizes").parse_args()
+    began, rows = time.time(), []
     for part in (accuracy, speed, batch, deep, torch_peer):
         print(part.__name__, flush=True)
-        rows += part(args.quick)
-    seconds = time.time() - start
-    if args.json:
-        print(json.dumps({"machine": about, "seconds": seconds, "rows": rows}, indent=1))
-    if args.write:
-        report.write("bench_spectrum", markdown(rows, report.in_words(about), seconds))
-    print(f"{seconds:.0f} s")
+        rows += part(options.quick)
+    said = (
+        "Floor: a float32 `lax.scan` of the same products, interleaved; ratios are medians of "
+        "rounds. A load above the number of cores means that other work ran beside it."
+    )
+    title = "Spectrum of the layer product"
+    report.finish("bench_spectrum", title, said, rows, began, options)
 
 
 if __name__ == "__main__":

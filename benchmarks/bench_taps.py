@@ -1,5 +1,4 @@
-"""What a probe of 100 layers costs: its time and temporary memory over those of one gradient, and
-compile times.
+"""The cost of a probe of 100 layers: its time and memory over one gradient's, and compile times.
 
     python benchmarks/bench_taps.py [--quick] [--json] [--write]
 
@@ -9,9 +8,7 @@ statistics and is compiled to compile fast. All programs run in one process, int
 order; every ratio is of two times of one round.
 """
 
-import argparse
 import functools
-import json
 import os
 import statistics
 import time
@@ -29,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradjax import probe
-from gradjax.diagnosis.evidence import Measurement
+from gradjax.diagnosis.probing import Measurement
 
 GOALS = {"probe": 3.0}
 WIDTH, BATCH = 128, 128
@@ -56,7 +53,9 @@ class Scanned(nn.Module):
 
     @nn.compact
     def __call__(self, h):
-        body = lambda layer, h, _: (layer(h), None)
+        def body(layer, h, _):
+            return layer(h), None
+
         stack = nn.scan(body, {"params": 0}, split_rngs={"params": True}, length=self.depth)
         return nn.Dense(10, name="readout")(stack(Layer(name="layers"), h, None)[0])
 
@@ -68,8 +67,10 @@ def programs(make, depth):
     """name -> (lower(), arguments); the shapes are the same for all."""
     model, x = make(depth), jax.random.normal(jax.random.key(0), (BATCH, WIDTH))
     params, labels = jax.jit(model.init)(jax.random.key(1), x), jnp.arange(BATCH) % 10
-    loss = lambda params, x, labels: bt.cross_entropy(model.apply(params, x), labels)
     args = (params, x, labels)
+
+    def loss(params, x, labels):
+        return bt.cross_entropy(model.apply(params, x), labels)
 
     def examination():
         made = Measurement(loss, params, (x, labels))
@@ -113,17 +114,18 @@ def rows(ready, times):
         clock = {n: [t[0] for t in each] for n, each in times.items()}
         processor = {n: [t[1] for t in each] for n, each in times.items()}
         over, goal = report.ratio(clock[name], clock["gradient"]), GOALS.get(name)
-        row = {"program": name, "ms": 1e3 * statistics.median(clock[name]), "over_gradient": over}
-        row |= {
-            "processor_time_over_gradient": report.ratio(processor[name], processor["gradient"])
-        }
-        row |= {
+        row = {
+            "program": name,
+            "ms": 1e3 * statistics.median(clock[name]),
+            "over_gradient": over,
+            "processor_time_over_gradient": report.ratio(processor[name], processor["gradient"]),
             "trace_seconds": trace,
             "compile_seconds": compile_,
             "temporary_mib": temporary,
             "output_mib": output,
+            "goal": goal,
+            "reached": None if goal is None else over["median"] <= goal,
         }
-        row |= {"goal": goal, "reached": None if goal is None else over["median"] <= goal}
         found.append(row)
     return found
 
@@ -158,42 +160,33 @@ def show(model, found, console):
 
 
 def write(result, about):
-    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have
-    theirs.
-    """
-    said = report.in_words(about)
+    """The section of RESULTS.md."""
     lines = [
         "## Values and cotangents of every layer\n",
-        f"`python benchmarks/bench_taps.py`: Linen MLP, {said}.",
+        f"`python benchmarks/bench_taps.py`: Linen MLP, {report.in_words(about)}. Ratios of times "
+        "of one round: median [quartiles]; a probe returns every value and cotangent.\n",
     ]
-    lines[-1] += (
-        " Ratios of times of one round: median [quartiles]; a probe returns every value and cotangent.\n"
-    )
     for model, found in result.items():
-        lines += [f"**{model}**\n", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        lines += [f"| {' | '.join(cells(row, 'yes', '**no**'))} |" for row in found] + [""]
+        rows = [cells(row, "yes", "**no**") for row in found]
+        lines += [f"**{model}**\n", *report.table(COLUMNS, rows), ""]
     report.write("bench_taps", lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="20 layers, fewer rounds")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of tables"
-    )
-    parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
+    parser = report.parser(__doc__, "20 layers, fewer rounds")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per model")
-    args = parser.parse_args()
-    depth, rounds = (20, args.rounds or 7) if args.quick else (100, args.rounds or 25)
+    options = parser.parse_args()
+    depth, default = (20, 7) if options.quick else (100, 25)
+    rounds = options.rounds or default
     console, rng, result = Console(width=150), np.random.default_rng(0), {}
     for name, make in MODELS.items():
         result[name] = rows(*measure(make, depth, rounds, rng))
-        if not args.json:
+        if not options.json:
             show(name, result[name], console)
     about = report.machine(layers=f"{depth} x {WIDTH}", batch=BATCH, rounds=rounds)
-    if args.json:
-        print(json.dumps(about | {"models": result}, indent=1))
-    if args.write:
+    if options.json:
+        report.show(about | {"models": result}, as_json=True)
+    if options.write:
         write(result, about)
 
 
