@@ -5,13 +5,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
+DOCS_STAMP  := $(VENV)/.installed-docs
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
 RECIPE := pyproject.toml constraints/py311.txt constraints/py312.txt
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# the constraints file for the Python inside .venv
+PINS = constraints/`$(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")'`.txt
 
 export JAX_PLATFORMS ?= cpu
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench reproduce clean
+.PHONY: help setup demo test test-slow test-oldest lint format docs bench reproduce clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -41,16 +48,34 @@ $(STAMP): $(RECIPE)
 	    exit 1; \
 	  fi; \
 	fi; \
-	pins=`$(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")'`; \
-	echo "setup: installing gradjax and its tools, versions of constraints/$$pins.txt (a few minutes the first time)"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints/$$pins.txt; \
+	echo "setup: installing gradjax and its tools, versions of $(PINS) (a few minutes the first time)"; \
+	$(BIN)/python $(PIP_INSTALL) -e '.[lab,dev]' -c $(PINS); \
 	touch $@
 
 $(BENCH_STAMP): $(STAMP)
+	@echo "bench: installing the peer to measure against (PyTorch)"
+	@$(BIN)/python $(PIP_INSTALL) -e '.[lab,dev,bench]' -c $(PINS)
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "docs: installing mkdocs-material and mkdocstrings"
+	@$(BIN)/python $(PIP_INSTALL) -e '.[lab,dev,docs]' -c $(PINS)
+	@touch $@
+
+# The oldest Python and the oldest packages that pyproject.toml allows, in an environment of their own.
+$(OLDEST_STAMP): pyproject.toml constraints/oldest.txt
 	@set -eu; \
-	pins=`$(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")'`; \
-	echo "bench: installing the peers to measure against (PyTorch, curvlinops)"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]' -c constraints/$$pins.txt; \
+	oldest='import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
+	for candidate in "$(PYTHON)" python3.11 $(BIN)/python; do \
+	  if "$$candidate" -c "$$oldest" >/dev/null 2>&1; then chosen=$$candidate; break; fi; \
+	done; \
+	if [ -z "$${chosen:-}" ]; then \
+	  echo "test-oldest: needs Python 3.11, the oldest that gradjax supports: make test-oldest PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	echo "test-oldest: creating $(OLDEST) with $$chosen, versions of constraints/oldest.txt"; \
+	"$$chosen" -m venv --clear $(OLDEST); \
+	$(OLDEST)/bin/python $(PIP_INSTALL) -e '.[lab,dev]' -c constraints/oldest.txt; \
 	touch $@
 
 demo: setup  ## diagnose an exploding network and cure it: verdict, table per layer, ranking, figures
@@ -64,6 +89,9 @@ test: setup  ## the fast tests
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -m slow -n 2
 
+test-oldest: $(OLDEST_STAMP)  ## the fast tests with the oldest versions that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -m 'not slow' -n 2
+
 lint: setup  ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,13 +101,15 @@ format: setup  ## let ruff rewrite what `make lint` would refuse
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_STAMP)  ## the docs site in site/; a warning or a dead link fails
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(BENCH_STAMP)  ## ratios against peers, one process each
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 reproduce: setup  ## the papers' figures of tier 1, with their table of claims
-	@test -f scripts/reproduce.py || { echo "reproduce: the papers' figures are not here yet (scripts/reproduce.py)"; exit 1; }
 	$(BIN)/python scripts/reproduce.py --tier 1
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
