@@ -1,5 +1,4 @@
-"""What each rule costs: the time of a scanned training step with it, over the same step without,
-and over Optax's rule.
+"""What each rule costs: the time of a training step with it over that without, or with Optax's.
 
     python benchmarks/bench_transforms.py [--quick | --all] [--json] [--write]
 
@@ -36,7 +35,7 @@ GOALS = {
 GOALS["watch + clip_by_global_norm"] = ("clip_by_global_norm", 1.03)
 
 
-# -- models: (params, loss(params, batch), batch) ---------------------------------------------------------
+# Models: (params, loss(params, batch), batch)
 
 
 def dense(key, *shape):
@@ -143,7 +142,7 @@ MODELS = {
 }  # steps per scan
 
 
-# -- variants ---------------------------------------------------------------------------------------------
+# Variants
 
 
 def variants(quick):
@@ -251,6 +250,10 @@ def rows(times, quick):
     return found
 
 
+def in_words(row):
+    return f"{row['measured']['median']:.3f} of {row['goal']} over {row['goal_over']}"
+
+
 def show(model, found, console):
     table = Table(title=f"{model}: time of a training step")
     for column in ("rule", "ms", "over none", "over Optax's nearest", "goal"):
@@ -260,24 +263,20 @@ def show(model, found, console):
         goal = ""
         if row["goal"]:
             verdict = "[green]reached[/]" if row["reached"] else "[red]missed[/]"
-            goal = f"{row['measured']['median']:.3f} of {row['goal']} over {row['goal_over']}: {verdict}"
-        over_peer = (
-            f"{text(row['over_peer'])} {row['peer'].removeprefix('optax.')}" if row["peer"] else ""
-        )
-        table.add_row(
-            row["rule"], f"{row['ms_per_step']:.2f}", text(row["over_none"]), over_peer, goal
-        )
+            goal = f"{in_words(row)}: {verdict}"
+        over_peer = ""
+        if row["peer"]:
+            over_peer = f"{text(row['over_peer'])} {row['peer'].removeprefix('optax.')}"
+        cells = (f"{row['ms_per_step']:.2f}", text(row["over_none"]), over_peer, goal)
+        table.add_row(row["rule"], *cells)
     console.print(table)
 
 
 def write(result, about):
-    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have
-    theirs.
-    """
+    """Put the tables between this benchmark's markers in RESULTS.md."""
     text = ["## Training step with each rule\n", report.in_words(about) + ". Ratios of times"]
-    text[-1] += (
-        " of one round: median [quartiles]. A load above the number of cores: other work ran beside it.\n"
-    )
+    text[-1] += " of one round: median [quartiles]. A load above the number of cores means that"
+    text[-1] += " other work ran beside it.\n"
     cell = report.text
     for model, found in result.items():
         text += [
@@ -286,13 +285,13 @@ def write(result, about):
             "|---|---|---|---|---|",
         ]
         for row in found:
-            goal, peer = "", f"{cell(row['over_peer'])} {row['peer']}" if row["peer"] else ""
+            goal = peer = ""
+            if row["peer"]:
+                peer = f"{cell(row['over_peer'])} {row['peer']}"
             if row["goal"]:
-                met = "yes" if row["reached"] else "**no**"
-                goal = f"{row['measured']['median']:.3f} of {row['goal']} over {row['goal_over']}: {met}"
-            text.append(
-                f"| {row['rule']} | {row['ms_per_step']:.2f} | {cell(row['over_none'])} | {peer} | {goal} |"
-            )
+                goal = f"{in_words(row)}: {'yes' if row['reached'] else '**no**'}"
+            cells = (row["rule"], f"{row['ms_per_step']:.2f}", cell(row["over_none"]), peer, goal)
+            text.append(f"| {' | '.join(cells)} |")
         text.append("")
     report.write("bench_transforms", text)
 

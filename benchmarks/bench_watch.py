@@ -1,5 +1,4 @@
-"""What following a training costs: a loop of jitted steps with `watch` and `Monitor`, over the same
-loop without.
+"""What following a training costs: a loop of jitted steps with `watch` and `Monitor`, or without.
 
     python benchmarks/bench_watch.py [--quick] [--json] [--write] [--rounds N]
 
@@ -70,9 +69,7 @@ OF_THE_GOAL = "watch + Monitor"
 
 
 def loop(tx, loss, look):
-    """(params, opt_state, data, steps) -> after so many calls of a jitted step, a monitor beside
-    it.
-    """
+    """(params, opt_state, data, steps, monitor) -> None: so many jitted steps, monitored."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params, opt_state, data):
@@ -136,20 +133,16 @@ def show(model, found, console):
     for column in ("variant", "ms", "over none", "processor time over none", "goal"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in found:
-        goal = (
-            ""
-            if row["goal"] is None
-            else f"{row['goal']}: " + ("[green]yes[/]" if row["reached"] else "[red]no[/]")
-        )
+        goal = ""
+        if row["goal"] is not None:
+            goal = f"{row['goal']}: " + ("[green]yes[/]" if row["reached"] else "[red]no[/]")
         cells = (report.text(row["over_none"]), report.text(row["processor_time_over_none"]), goal)
         table.add_row(row["variant"], f"{row['ms_per_step']:.2f}", *cells)
     console.print(table)
 
 
 def write(result, about):
-    """Put the tables between this benchmark's markers in RESULTS.md, where other benchmarks have
-    theirs.
-    """
+    """Put the tables between this benchmark's markers in RESULTS.md."""
     said = report.in_words(about)
     lines = [
         "## Watching a training\n",
@@ -163,11 +156,9 @@ def write(result, about):
             "|---|---|---|---|---|",
         ]
         for row in found:
-            goal = (
-                ""
-                if row["goal"] is None
-                else f"{row['goal']}: " + ("yes" if row["reached"] else "**no**")
-            )
+            goal = ""
+            if row["goal"] is not None:
+                goal = f"{row['goal']}: " + ("yes" if row["reached"] else "**no**")
             cells = (
                 report.text(row["over_none"]),
                 report.text(row["processor_time_over_none"]),

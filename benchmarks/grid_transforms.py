@@ -1,5 +1,6 @@
-"""Which clipping rules survive which gradients: {dtype} x {magnitude} x {jit, eager} x {rule}, ours
-beside Optax's.
+"""Which clipping rules survive which gradients, ours beside Optax's.
+
+The grid is {dtype} x {magnitude} x {jit, eager} x {rule}.
 
 Every cell feeds one gradient, a (4, 3) kernel and a vector of 2 of the given magnitude (cast to the
 dtype, so that 1e20 is inf in float16), to a rule whose threshold is known, and holds the update
@@ -9,15 +10,16 @@ first seen gradients of ones. A cell is
 
     =  right: every entry within 2 units in the last place of the dtype
     ~  rounded: within 16, as half-precision arithmetic leaves it; not a failure
-    !  flagged: the gradient holds inf or NaN, its group is passed on, other groups are right, the telemetry says so
+    !  flagged: the gradient holds inf or NaN, its group is passed on, the telemetry says so, and
+       the other groups are right
     0  silent zero: an entry is 0 whose reference is not
     N  silent NaN: an entry is inf or NaN, and nothing says so
     U  silently unclipped: the gradient came back as it was, where the reference clips
     W  silently wrong: anything else
 
-Silent failures are 0, N, U and W. A telemetry that speaks excuses nothing while the gradient is
-finite: there only `=` and `~` are no failure. Optax's transforms have no telemetry, so what they
-pass on is silent.
+Silent failures are 0, N, U and W. Telemetry excuses nothing while the gradient is finite: there,
+everything but `=` and `~` is a failure. Optax's transforms have no telemetry, so what they pass on
+is silent.
 
     python benchmarks/grid_transforms.py [--json]
 """
@@ -64,11 +66,11 @@ WHOLE = np.sqrt(14.0)  # the norm of a gradient of ones
 Tree = dict[str, np.ndarray]
 
 
-# -- the formulas in float64 -----------------------------------------------------------------------------
+# The formulas in float64
 
 
 def limited(x: np.ndarray, norm: Any, limit: Any) -> np.ndarray:
-    """X scaled from `norm` to `limit` where that is larger and finite."""
+    """`x` scaled from `norm` to `limit` where the norm is larger and finite."""
     with np.errstate(all="ignore"):
         return np.where(np.isfinite(norm) & (norm > limit), x * (limit / np.asarray(norm)), x)
 
@@ -90,7 +92,7 @@ def by_entry(tree: Tree) -> Tree:
 
 
 def clamped(tree: Tree) -> Tree:
-    """Into [-1, 1]: unlike a norm, an entry of inf has a bound."""
+    """Entries in [-1, 1]: unlike a norm, an entry of inf has a bound."""
     return {k: np.clip(x, -1, 1) for k, x in tree.items()}
 
 
@@ -107,10 +109,9 @@ def by_unit(tree: Tree) -> Tree:
 def to_unit_norm(eps: float) -> Callable[[Tree], Tree]:
     def reference(tree):
         norm = norm_of(*tree.values())
-        return {
-            k: x / (norm + eps) if np.isfinite(norm) and norm + eps > 0 else x
-            for k, x in tree.items()
-        }
+        if not np.isfinite(norm) or norm + eps <= 0:
+            return tree
+        return {k: x / (norm + eps) for k, x in tree.items()}
 
     return reference
 
@@ -121,7 +122,7 @@ def example_mean(tree: Tree) -> Tree:
     return {k: (each[0][k] + each[1][k]) / 2 for k in tree}
 
 
-# -- the rules -------------------------------------------------------------------------------------------
+# The rules
 
 
 class Rule(NamedTuple):
@@ -129,8 +130,10 @@ class Rule(NamedTuple):
     reference: Callable[[Tree], Tree]
     optax: Callable[[], Any] | None = None
     optax_reference: Callable[[Tree], Tree] | None = None
-    primed: int = 0  # gradients of ones before the cell's
-    examples: bool = False  # of the cell: the gradient and a quarter of it
+    # gradients of ones before the cell's
+    primed: int = 0
+    # whether the updates are two examples, the cell's gradient and a quarter of it
+    examples: bool = False
 
 
 def optax_per_example() -> optax.GradientTransformation:
@@ -177,7 +180,7 @@ RULES = {
 }
 
 
-# -- cells -----------------------------------------------------------------------------------------------
+# Cells
 
 
 def gradient(magnitude: float, dtype: Any) -> Tree:
@@ -190,9 +193,7 @@ def gradient(magnitude: float, dtype: Any) -> Tree:
 
 
 def ulps(got: np.ndarray, want: np.ndarray, dtype: Any) -> np.ndarray:
-    """|got - want| in units of the last place that `want` has in the dtype; inf for a 0 that should
-    not be one.
-    """
+    """|got - want| in units of the last place of `want` in the dtype; inf for a wrong zero."""
     info = jnp.finfo(dtype)
     place = np.floor(np.log2(np.maximum(np.abs(want), float(info.smallest_normal))))
     lost = (got == 0) & (np.abs(want) >= float(info.smallest_subnormal))
@@ -211,7 +212,9 @@ def judge(got: Tree, want: Tree, given: Tree, dtype: Any, is_flagged: bool) -> s
         else np.inf
     )
     if same and error <= 2:
-        return "=" if np.isfinite(got).all() else "!" if is_flagged else "N"
+        if np.isfinite(got).all():
+            return "="
+        return "!" if is_flagged else "N"
     if not np.isfinite(got).all():
         return "N"
     if same and error <= 16:
@@ -222,9 +225,7 @@ def judge(got: Tree, want: Tree, given: Tree, dtype: Any, is_flagged: bool) -> s
 
 
 def is_flagged(state: Any) -> bool:
-    """Whether the telemetry of a state says that the gradient is not finite; silence for
-    Optax's.
-    """
+    """Whether a state's telemetry says that the gradient is not finite; Optax's has none."""
     seen = {k: np.asarray(v) for k, v in T.telemetry(state).items() if "/log2_norm" in k}
     return any(np.any(np.isnan(v) | np.isposinf(v)) for v in seen.values())
 
@@ -257,9 +258,7 @@ def cells(
 def grid(
     rules: dict[str, Rule] = RULES, dtypes: dict[str, Any] = DTYPES, jits: tuple = (True, False)
 ) -> list[dict]:
-    """One row for each rule, dtype and mode: the letters of ours and (None where it has no such
-    rule) of Optax's.
-    """
+    """One row for each rule, dtype and mode: our letters, and Optax's (None without the rule)."""
     rows = []
     for name, rule in rules.items():
         for dtype_name, dtype in dtypes.items():
