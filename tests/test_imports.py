@@ -19,10 +19,10 @@ LAYERS: list[dict[str, set[str]]] = [
     {"spectrum": set(), "matrix_free": {"matfree"}, "taps": {"equinox"}},
     {"transforms": {"optax"}},
     {"theory": set()},
-    {"report": {"xarray", "matplotlib", "scipy"}},
+    {"report": {"xarray", "matplotlib", "scipy", "h5netcdf"}},
     {"diagnosis": {"optax", "xarray"}},
     {"monitor": set()},
-    {"experiment": {"flax", "optax", "orbax", "xarray", "sklearn", "pooch", "tyro"}},
+    {"experiment": {"flax", "optax", "orbax", "xarray", "sklearn", "pooch"}},
     {"cure": {"xarray", "scipy"}},
     {"cli": {"rich", "matplotlib"}},
 ]

@@ -1,15 +1,15 @@
 """The `gradjax` command.
 
-    gradjax diagnose CONFIG [--flags]   measure a network at initialisation, and say what ails it
+    gradjax diagnose CONFIG [--flags]   measure a network at initialisation and give a verdict
     gradjax cure CONFIG [--flags]       try remedies over its seeds, rank them, diagnose the winner
-    gradjax train CONFIG [--flags]      train all its seeds side by side
+    gradjax train CONFIG [--flags]      train all its seeds in parallel
     gradjax sweep CONFIG [--flags]      train every seed at every setting of its [sweep] tables
     gradjax data {fetch,verify,list}    the data sets
 
-Exit status 0 for every verdict, a sick one too; 2 for input that cannot be used, with one message
-and no traceback. Heavy imports are inside the commands, so that `gradjax --help` answers at once;
-the thread count of the LAPACK that jaxlib ships is set before JAX starts, because two threads make
-its small factorisations a hundred times slower.
+The exit status is 0 for every verdict, and 2 for input that cannot be used, with one message and no
+traceback. Heavy imports are inside the commands, so that `gradjax --help` answers at once. The
+thread count of jaxlib's LAPACK is set before JAX starts, because two threads make its small
+factorisations a hundred times slower.
 """
 
 import os
@@ -17,8 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from gradjax.cli import cache
 from gradjax.experiment import config
+from gradjax.experiment.schema import Command, Experiment
 
 USAGE = """usage: gradjax COMMAND ...
 
@@ -26,10 +30,10 @@ See, explain, cure and prove exploding and vanishing gradients in JAX.
 
 commands:
   diagnose CONFIG [--flags]   measure a network at initialisation: verdict, table, figure
-  cure CONFIG [--flags]       try remedies over its seeds: ranking, figure, verdict before and after; --list
-  train CONFIG [--flags]      train all its seeds side by side: scores, curves; --resume
+  cure CONFIG [--flags]       try remedies over its seeds: ranking, figure, verdicts; --list
+  train CONFIG [--flags]      train all its seeds in parallel: scores, curves; --resume
   sweep CONFIG [--flags]      train every seed at every setting of [sweep], one program; --resume
-  data {list,fetch,verify}    the data sets: where they lie, fetch one, check its hashes
+  data {list,fetch,verify}    the data sets: where they are, fetch one, check its hashes
 
 examples:
   gradjax diagnose configs/demo.toml
@@ -40,33 +44,59 @@ examples:
   gradjax sweep configs/clip_threshold.toml --resume
   gradjax data fetch mnist
 
-`gradjax COMMAND --help` lists the flags of a command.
+`gradjax COMMAND --help` lists the flags of a command. Compiled programs are kept for the next
+command in the user's cache folder (GRADJAX_CACHE_DIR); --no_cache turns that off.
 """
+NO_CACHE = {"--no_cache", "--no-cache"}
+DATA_USAGE = "usage: gradjax data list | gradjax data fetch NAME | gradjax data verify NAME"
 
 
 @dataclass(frozen=True)
-class DiagnoseCommand(config.Command):
-    """gradjax diagnose CONFIG: measure a network at initialisation, over several seeds, and give a
-    verdict.
-    """
+class JsonCommand(Command):
+    """A command that prints text, or one JSON object."""
 
     json: bool = False
     """Print one JSON object to standard output and nothing else."""
 
 
-def _diagnose(args: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(args):
-        print(config.help_text("gradjax diagnose", DiagnoseCommand, DiagnoseCommand.__doc__ or ""))
-        return 0
-    experiment, options = config.parse(args, DiagnoseCommand)
-    _say_of_sweep(options.config, "diagnose")
+@dataclass(frozen=True)
+class DiagnoseCommand(JsonCommand):
+    """Measure a network at initialisation, over several seeds, and give a verdict."""
 
+
+@dataclass(frozen=True)
+class CureCommand(JsonCommand):
+    """Diagnose, try the remedies that fit over all seeds, rank them, diagnose the winner."""
+
+    remedies: str = "fitting"
+    """fitting (those for the findings of the diagnosis), all, or names separated by commas; a+b
+    applies two at a time."""
+    pairs: bool = True
+    """Try the pairs of the best three if no single remedy is enough (--no_pairs: do not)."""
+
+
+@dataclass(frozen=True)
+class TrainCommand(JsonCommand):
+    """Train all seeds of an experiment in parallel, with checkpoints."""
+
+    resume: bool = False
+    """Continue the newest unfinished run of this name, bit for bit as if it had not been
+    interrupted."""
+
+
+@dataclass(frozen=True)
+class SweepCommand(TrainCommand):
+    """Train every seed at every setting of [sweep.vmap] and [sweep.static]."""
+
+
+def _diagnose(experiment: Experiment, options: DiagnoseCommand) -> None:
     from rich.console import Console
 
     from gradjax.cli import tables
     from gradjax.diagnosis.verdict import judge
     from gradjax.experiment.measure import examine
     from gradjax.report import files
+    from gradjax.report.network import diagnosis_figure
 
     started = time.monotonic()
     with Console(stderr=True).status("starting JAX") as status:
@@ -85,219 +115,189 @@ def _diagnose(args: Sequence[str]) -> int:
             "versions": files.provenance(),
         }
         verdict = judge(evidence, ds, meta)
-        _write(folder, experiment, verdict)
+        text = config.to_toml(experiment)
+        versions = {f"version_{name}": value for name, value in meta["versions"].items()}
+        ds = verdict.measurements.assign_attrs(config=text, seed=experiment.seed, **versions)
+        files.write_text(folder / "config.toml", text)
+        files.write_text(folder / "diagnosis.json", verdict.to_json() + "\n")
+        files.save(ds, folder / "results.nc")
+        title = f"{experiment.name}: {verdict.headline.replace('_', ' ')}"
+        _save_figure(diagnosis_figure(ds, title), folder / "diagnosis")
     if options.json:
         print(verdict.to_json())
     else:
         tables.print_verdict(verdict, folder)
-    return 0
 
 
-def _write(folder, experiment: config.Experiment, verdict) -> None:
-    """The run folder: config, dataset with its provenance, verdict, figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from gradjax.report import files
-    from gradjax.report.network import diagnosis_figure
-
-    text = config.to_toml(experiment)
-    provenance = {f"version_{name}": value for name, value in verdict.meta["versions"].items()}
-    ds = verdict.measurements.assign_attrs(config=text, seed=experiment.seed, **provenance)
-    (folder / "config.toml").write_text(text)
-    (folder / "diagnosis.json").write_text(verdict.to_json() + "\n")
-    files.save(ds, folder / "results.nc")
-    figure = diagnosis_figure(ds, f"{experiment.name}: {verdict.headline.replace('_', ' ')}")
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"diagnosis.{suffix}", dpi=160)
-
-
-@dataclass(frozen=True)
-class CureCommand(config.Command):
-    """gradjax cure CONFIG: diagnose, try the remedies that fit over all seeds, rank them, diagnose
-    the winner.
-    """
-
-    remedies: str = "fitting"
-    """fitting (what the diagnosis calls for), all, or names with commas between; a+b gives two at a
-    time."""
-    pairs: bool = True
-    """Try the pairs of the best three where no single remedy is enough (--no_pairs)."""
-    json: bool = False
-    """Print one JSON object to standard output and nothing else."""
-
-
-def _cure(args: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(args):
-        print(config.help_text("gradjax cure", CureCommand, CureCommand.__doc__ or ""))
-        return 0
-    if list(args) == ["--list"]:
-        from gradjax.cli import tables
-
-        return tables.list_remedies()
-    experiment, options = config.parse(args, CureCommand)
-    _say_of_sweep(options.config, "cure")
-
-    import matplotlib
-
-    matplotlib.use("Agg")
+def _cure(experiment: Experiment, options: CureCommand) -> None:
     from gradjax.cli import tables
     from gradjax.cure import search
     from gradjax.report import files
     from gradjax.report.cure import cure_figure
 
     started = time.monotonic()
-    names = options.remedies
-    chosen = (
-        names
-        if names in ("fitting", "all")
-        else [name.strip() for name in names.split(",") if name.strip()]
-    )
+    names: str | list[str] = options.remedies
+    if names not in ("fitting", "all"):
+        names = [name.strip() for name in names.split(",") if name.strip()]
     with tables.progress_bar() as progress:
-        found = search.find_cure(experiment, chosen, pairs=options.pairs, progress=progress)
+        found = search.find_cure(experiment, names, pairs=options.pairs, progress=progress)
     folder = files.run_folder(experiment.output, experiment.name)
-    files.write_text(folder / "config.toml", config.to_toml(experiment))
-    summary = search.to_dict(found) | {
-        "folder": str(folder),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    text = config.to_toml(experiment)
+    files.write_text(folder / "config.toml", text)
+    files.save(found.results.assign_attrs(config=text), folder / "results.nc")
     title = f"{experiment.name}: no remedy is better"
     if found.winner != search.UNTREATED:
         title = f"{experiment.name}: {found.winner}"
         files.write_text(folder / "cured.toml", config.to_toml(found.experiments[found.winner]))
-    files.save(found.results.assign_attrs(config=config.to_toml(experiment)), folder / "results.nc")
-    files.write_text(folder / "cure.json", files.dumps(summary) + "\n")
+    summary = _summarize(search.to_dict(found), folder, started, folder / "cure.json")
     files.write_text(folder / "cure.txt", summary["story"] + "\n")
     before, after = found.verdict.measurements, found.after and found.after.measurements
     figure = cure_figure(found.ranking, found.results, before, after, title)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"cure.{suffix}", dpi=160)
-    print(files.dumps(summary)) if options.json else tables.print_cure(summary, folder)
-    return 0
-
-
-@dataclass(frozen=True)
-class TrainCommand(config.Command):
-    """gradjax train CONFIG: train all seeds of an experiment side by side, with checkpoints."""
-
-    resume: bool = False
-    """Go on with the newest unfinished run of this name, bit for bit as if it had not been
-    interrupted."""
-    json: bool = False
-    """Print one JSON object to standard output and nothing else."""
-
-
-@dataclass(frozen=True)
-class SweepCommand(TrainCommand):
-    """gradjax sweep CONFIG: train every seed at every setting of [sweep.vmap] and
-    [sweep.static].
-    """
-
-
-def _say_of_sweep(path: str, command: str) -> None:
-    if any(config.sweep_tables(path)):
-        print(
-            f"{command}: [sweep] in {path} is for `gradjax sweep`; the values outside it are used.",
-            file=sys.stderr,
-        )
-
-
-def _train(args: Sequence[str]) -> int:
-    return _run_training(args, TrainCommand, "train")
-
-
-def _sweep(args: Sequence[str]) -> int:
-    return _run_training(args, SweepCommand, "sweep")
-
-
-def _run_training(args: Sequence[str], command: type[TrainCommand], name: str) -> int:
-    if {"-h", "--help"} & set(args):
-        print(config.help_text(f"gradjax {name}", command, command.__doc__ or ""))
-        return 0
-    experiment, options = config.parse(args, command)
-    vary, static = config.sweep_tables(options.config)
-    if name == "train":
-        _say_of_sweep(options.config, name)
-        vary, static = {}, {}
-    elif not vary and not static:
-        raise config.ConfigError(
-            f"sweep: {options.config} varies nothing; needed: [sweep.vmap] or [sweep.static]"
-        )
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from gradjax.cli import tables
-    from gradjax.experiment import grid, sweep
-    from gradjax.report import files
-    from gradjax.report.sweep import sweep_figure
-    from gradjax.report.training import training_figure
-
-    grid.grid(experiment, vary, static)  # a name that cannot be swept leaves no folder behind
-    started, first = time.monotonic(), sweep.join_cluster()
-    folder = sweep.agreed_folder(experiment, options.resume)
-    with tables.progress_bar() as progress:
-        ds = sweep.sweep(
-            experiment, vary, static, folder=folder, keep_states=name == "train", progress=progress
-        )
-    if not first:
-        return 0  # the first process writes and prints for all
-    figure = (
-        training_figure(ds, experiment.name)
-        if name == "train"
-        else sweep_figure(ds, experiment.name)
-    )
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{suffix}", dpi=160)
-    summary = files.summary(ds) | {
-        "folder": str(folder),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    files.write_text(folder / "summary.json", files.dumps(summary) + "\n")
+    _save_figure(figure, folder / "cure")
     if options.json:
         print(files.dumps(summary))
     else:
-        tables.print_training(ds, summary, folder / f"{name}.png")
-    return 0
+        tables.print_cure(summary, folder)
+
+
+def _train(experiment: Experiment, options: TrainCommand) -> None:
+    from gradjax.report.training import training_figure
+
+    _run_training("train", experiment, options, {}, {}, training_figure)
+
+
+def _sweep(experiment: Experiment, options: SweepCommand) -> None:
+    from gradjax.report.sweep import sweep_figure
+
+    vary, static = config.sweep_tables(options.config)
+    if not vary and not static:
+        raise config.ConfigError(
+            f"sweep: {options.config} varies nothing; needed: [sweep.vmap] or [sweep.static]"
+        )
+    _run_training("sweep", experiment, options, vary, static, sweep_figure)
+
+
+def _run_training(
+    name: str,
+    experiment: Experiment,
+    options: TrainCommand,
+    vary: dict[str, Any],
+    static: dict[str, Any],
+    draw: Callable,
+) -> None:
+    from gradjax.cli import tables
+    from gradjax.experiment import cluster, grid, sweep
+    from gradjax.report import files
+
+    # Checked here so that a name that cannot be swept leaves no folder behind.
+    grid.grid(experiment, vary, static)
+    started, is_first = time.monotonic(), cluster.join_cluster()
+    folder = cluster.agree_on_folder(experiment, options.resume)
+    keep = name == "train"
+    with tables.progress_bar() as progress:
+        ds = sweep.sweep(
+            experiment, vary, static, folder=folder, keep_states=keep, progress=progress
+        )
+    if not is_first:
+        # The first process writes and prints for all.
+        return
+    _save_figure(draw(ds, experiment.name), folder / name)
+    summary = _summarize(files.summary(ds), folder, started, folder / "summary.json")
+    if options.json:
+        print(files.dumps(summary))
+    else:
+        tables.print_training(summary, experiment.train.target, folder / f"{name}.png")
+
+
+def _summarize(summary: dict[str, Any], folder: Path, started: float, path: Path) -> dict[str, Any]:
+    """The summary with folder and time, which is also written to `path`."""
+    from gradjax.report import files
+
+    seconds = round(time.monotonic() - started, 1)
+    summary = summary | {"folder": str(folder), "seconds": seconds}
+    files.write_text(path, files.dumps(summary) + "\n")
+    return summary
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=160)
 
 
 def _data(args: Sequence[str]) -> int:
     from gradjax.experiment import tasks
 
-    usage = "usage: gradjax data list | gradjax data fetch NAME | gradjax data verify NAME"
     if not args or {"-h", "--help"} & set(args):
-        print(usage)
+        print(DATA_USAGE)
         return 0
     match list(args):
         case ["list"]:
             for name, description, place in tasks.available():
-                print(
-                    f"{name:18}{description}\n{'':18}{place or 'not here yet: gradjax data fetch ' + name}"
-                )
+                print(f"{name:18}{description}")
+                print(f"{'':18}{place or f'not here yet: gradjax data fetch {name}'}")
         case ["fetch", name]:
-            print(
-                "\n".join(map(str, tasks.fetch(name)))
-                or f"{name} comes with scikit-learn; nothing to fetch"
-            )
+            fetched = "\n".join(map(str, tasks.fetch(name)))
+            print(fetched or f"{name} comes with scikit-learn; nothing to fetch")
         case ["verify", name]:
             rows = tasks.verify(name)
             for file, sha256, good in rows:
-                print(
-                    f"{'ok     ' if good else 'DAMAGED' if sha256 else 'MISSING'}  {file}  {sha256 or ''}"
-                )
+                status = "ok" if good else "MISSING"
+                if sha256 and not good:
+                    status = "DAMAGED"
+                print(f"{status:7}  {file}  {sha256 or ''}")
             return 0 if all(good for *_, good in rows) else 2
         case _:
-            raise config.ConfigError(f"data: got {' '.join(args)!r}; {usage}")
+            raise config.ConfigError(f"data: got {' '.join(args)!r}; {DATA_USAGE}")
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "diagnose": _diagnose,
-    "cure": _cure,
-    "train": _train,
-    "sweep": _sweep,
-    "data": _data,
+# name -> the dataclass of its arguments, and what runs it
+COMMANDS: dict[str, tuple[type[Command], Callable[[Experiment, Any], None]]] = {
+    "diagnose": (DiagnoseCommand, _diagnose),
+    "cure": (CureCommand, _cure),
+    "train": (TrainCommand, _train),
+    "sweep": (SweepCommand, _sweep),
 }
+
+
+def _run(name: str, args: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    if name == "data":
+        return _data(args)
+    if name not in COMMANDS:
+        names = [*COMMANDS, "data"]
+        near = config.nearest(name, {known: known for known in names})
+        raise config.ConfigError(
+            f"gradjax: unknown command {name!r}{near}; commands: {', '.join(names)}"
+        )
+    command, run = COMMANDS[name]
+    if {"-h", "--help"} & set(args):
+        from gradjax.cli.help import help_text
+
+        print(help_text(f"gradjax {name}", command), end="")
+        return 0
+    if name == "cure" and list(args) == ["--list"]:
+        from gradjax.cli import tables
+
+        tables.list_remedies()
+        return 0
+    if NO_CACHE & set(args):
+        args = [word for word in args if word not in NO_CACHE]
+    else:
+        # Before JAX is imported, which reads the setting once.
+        cache.turn_on()
+    experiment, options = config.parse(args, command)
+    if name != "sweep" and any(config.sweep_tables(options.config)):
+        print(
+            f"{name}: [sweep] in {options.config} is for `gradjax sweep`; the values outside it "
+            "are used.",
+            file=sys.stderr,
+        )
+    import matplotlib
+
+    matplotlib.use("Agg")
+    run(experiment, options)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -307,24 +307,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    try:
-        if args[0] == "--version":
-            import gradjax
+    if args[0] == "--version":
+        import gradjax
 
-            print(f"gradjax {gradjax.__version__}")
-            return 0
-        if args[0] not in COMMANDS:
-            near = config.nearest(args[0], {name: name for name in COMMANDS})
-            raise config.ConfigError(
-                f"gradjax: unknown command {args[0]!r}{near}; commands: {', '.join(COMMANDS)}"
-            )
-        return COMMANDS[args[0]](args[1:])
-    except ValueError as error:  # config and data errors, and the checks that come before tracing
+        print(f"gradjax {gradjax.__version__}")
+        return 0
+    try:
+        return _run(args[0], args[1:])
+    except ValueError as error:  # config and data errors, and the checks before tracing
         print(error, file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"gradjax: {error}", file=sys.stderr)
-        return 2
+    return 2
 
 
 if __name__ == "__main__":

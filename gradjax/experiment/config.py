@@ -1,286 +1,59 @@
-"""Experiments: frozen dataclasses, read from TOML files and flags through one strict validator.
+"""Experiments from TOML files, dictionaries and flags, and back.
 
 A setting has one dotted name (`model.depth`) in a file, as a flag and in `replace`. Files and flags
-are flattened to dotted names first, flags over the file, and the same function judges every value;
-tyro writes the `--help` from the docstrings below. (tyro does not read the flags: it prints its own
-errors and exits, and a TOML `"10"` and `10` are the same token to it.)
+are flattened to dotted names first, flags override the file, and one validator
+(`gradjax.experiment.validator`) checks every value. The dataclasses, with their defaults and
+allowed values, are in `gradjax.experiment.schema`; `gradjax.cli.help` prints them for `--help`.
 
-Floats are what a sweep may trace; ints, bools, strings and the fields marked static compile again.
-So `__post_init__` checks nothing, and `check` is the one host function that knows ranges and names.
-
-Not covered: the size of the data (a batch larger than the training split is the task's to refuse).
-Imports neither jax nor tyro until a value is checked or a help text asked for.
+Imports jax only when a value is checked.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import functools
-import io
 import json
-import numbers
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from gradjax.experiment.schema import FIELDS, TABLES, Command, ConfigError, Experiment, Model
+from gradjax.experiment.schema import FIELDS, TABLES, Command, ConfigError, Experiment
 from gradjax.experiment.schema import Diagnose as Diagnose
+from gradjax.experiment.schema import Model as Model
 from gradjax.experiment.schema import Optimizer as Optimizer
 from gradjax.experiment.schema import Task as Task
 from gradjax.experiment.schema import Train as Train
+from gradjax.experiment.validator import (
+    KINDS,
+    check,
+    describe_unknown,
+    find_problem,
+    flatten,
+    kind_of,
+    merge,
+    nearest,
+    reject,
+    show,
+)
+from gradjax.experiment.validator import replace as replace
+from gradjax.experiment.validator import sweepable as sweepable
 
 C = TypeVar("C", bound=Command)
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-_ACCEPTED = {
-    int: numbers.Integral,
-    float: numbers.Real,
-    bool: bool,
-    str: str,
-}  # NumPy's scalars too
+# dotted key -> (value, where it came from)
+Given = dict[str, tuple[Any, str]]
+_ON_COMMAND_LINE = " on the command line"
 
 
-# -- the validator ---------------------------------------------------------------------------------------
-
-
-def check(experiment: Experiment, origins: Mapping[str, str] | None = None) -> None:
-    """Raises `ConfigError` with every value of the wrong type, out of range or of unknown name.
-
-    A host function: call it before tracing. `origins` says of a dotted key where its value came from.
-    """
-    origins = origins or {}
-    _refuse(
-        _problem(key, FIELDS[key], v, origins.get(key, ""))
-        for key, v in flatten(experiment).items()
-    )
-    task, norm, problems = experiment.task, experiment.model.normalization, []
-    for name in _unused(experiment.model):
-        key = f"model.{name}"
-        value = f"{_show(getattr(experiment.model, name))}{origins.get(key, '')}"
-        problems += [
-            f"config: {key} = {value} means nothing to model.name = {experiment.model.name!r}; leave it out"
-        ]
-    if task.validation + task.test >= 1:
-        problems += [
-            f"config: task.validation = {task.validation} and task.test = {task.test} leave nothing to "
-            "train on; allowed: a sum below 1"
-        ]
-    if norm == "batchnorm" and task.batch_size < 2:
-        problems += [
-            f"config: task.batch_size = {task.batch_size} has no variance for model.normalization = "
-            f"{norm!r}; allowed: an integer from 2"
-        ]
-    if experiment.optimizer.name == "lbfgs" and not experiment.train.full_batch:
-        problems += [
-            "config: optimizer.name = 'lbfgs' compares gradients of one loss, not of changing batches; "
-            "allowed with train.full_batch = true"
-        ]
-    problems += _excluded(experiment)
-    _refuse(problems)
-
-
-def _excluded(experiment: Experiment) -> list[str]:
-    """Settings that exclude each other, in the words of the architecture, the pre-training and the
-    optimiser.
-    """
-    from gradjax.experiment import models, optimizers, pretraining  # they load jax
-
-    reasons = [models.check_compatible(experiment.model), pretraining.check_compatible(experiment)]
-    return reasons + optimizers.check_compatible(experiment.optimizer)
-
-
-def _unused(model: Model) -> list[str]:
-    """Settings that the architecture does not have."""
-    from gradjax.experiment import models  # it loads jax
-
-    return models.unused(model)
-
-
-def _refuse(problems: Iterable[str]) -> None:
-    if found := [problem for problem in problems if problem]:
-        raise ConfigError("\n".join(found))
-
-
-def _problem(
-    key: str, field: dataclasses.Field, value: Any, origin: str, only_type: bool = False
-) -> str:
-    """The message about a value that its field does not allow; empty when it does."""
-    kind, rule, wrong = _kind(field), field.metadata, ""
-    allowed, typed = _KINDS[kind], _typed(field, value)
-    if (value is None and field.default is None) or (typed is not None and (only_type or not rule)):
-        return ""
-    if "options" in rule:
-        names = _options(key, rule["options"])
-        allowed = ", ".join(names)
-        wrong = (
-            ""
-            if typed in names
-            else f"is unknown{nearest(str(value).lower(), {n: n for n in names})}"
-        )
-    elif "pattern" in rule:
-        allowed += f" ({rule['words']})"
-        wrong = "" if re.fullmatch(rule["pattern"], str(value)) else "is not a usable name"
-    elif "within" in rule:
-        allowed += f" in {rule['within']}"
-        low, high = (float(end) for end in rule["within"][1:-1].split(","))
-        closed = rule["within"][-1] == "]"
-        if typed is not None and not (low <= typed <= high and (typed < high or closed)):
-            wrong = "is out of range"
-    if typed is None:
-        wrong = f"is not {_KINDS[kind]}"
-    return f"config: {key} = {_show(value)}{origin} {wrong}; allowed: {allowed}" if wrong else ""
-
-
-def _typed(field: dataclasses.Field, value: Any) -> Any:
-    """`value` as its field's type; None where that would be a guess: 10.5, "10" and true are no
-    integers.
-    """
-    kind = _kind(field)
-    if not isinstance(value, _ACCEPTED[kind]) or isinstance(value, bool) != (kind is bool):
-        return None
-    try:
-        return kind(value)
-    except OverflowError:  # an integer beyond every float
-        return None
-
-
-def _kind(field: dataclasses.Field) -> type:
-    return next(kind for kind in _KINDS if field.type in (kind, kind | None))
-
-
-def _options(key: str, options: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The names allowed for `key`. Tables are looked up only now, because `import` and `--help`
-    need no jax.
-    """
-    if isinstance(options, tuple):
-        return options
-    from gradjax.core import activations, initializers
-    from gradjax.experiment import models, optimizers, pretraining, tasks
-
-    tables: dict[str, Iterable[str]] = {
-        "model.name": models.MODELS,
-        "model.activation": activations.ACTIVATIONS,
-        "model.weights": initializers.WEIGHTS,
-        "task.name": tasks.TASKS,
-        "task.normalize": tasks.NORMALIZE,
-        "task.augment": tasks.AUGMENT,
-        "optimizer.name": optimizers.OPTIMIZERS,
-        "optimizer.schedule": optimizers.SCHEDULES,
-        "optimizer.clipping": optimizers.CLIPPING,
-        "optimizer.guard": optimizers.GUARDS,
-        "train.pretrain": pretraining.METHODS,
-    }
-    return tuple(tables[key])
-
-
-def nearest(word: str, names: Mapping[str, str]) -> str:
-    """` (did you mean 'model.depth'?)` for the name whose word is nearest; empty when none is
-    near.
-    """
-    score = {
-        name: difflib.SequenceMatcher(None, word, other).ratio() for name, other in names.items()
-    }
-    best = max(score, key=score.__getitem__, default="")
-    return f" (did you mean {best!r}?)" if score.get(best, 0) >= 0.6 else ""
-
-
-def _show(value: Any) -> str:
-    try:
-        text = str(value).lower() if isinstance(value, bool) else repr(value)
-    except ValueError:  # an integer of more than 4,300 digits, which TOML's 0x can spell
-        text = hex(value)
-    return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"
-
-
-# -- dotted names ----------------------------------------------------------------------------------------
-
-
-def flatten(experiment: Experiment) -> dict[str, Any]:
-    """`{"name": ..., "model.depth": 50, ...}`: every value, in the order of the dataclasses."""
-    return {key: functools.reduce(getattr, key.split("."), experiment) for key in FIELDS}
-
-
-def sweepable() -> list[str]:
-    """The dotted names of every float that is not static, those included that are None by
-    default.
-    """
-    return [key for key, field in FIELDS.items() if _traceable(field)]
-
-
-def _traceable(field: dataclasses.Field) -> bool:
-    return _kind(field) is float and not field.metadata.get("static")
-
-
-def replace(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
-    """`experiment` with other values under dotted keys; a float that is not static may be a tracer.
-
-    >>> replace(Experiment(), {"model.depth": 10, "model.sigma_w": 2}).model.sigma_w
-    2.0
-
-    Raises: `ConfigError` for an unknown key or a wrong type; ranges are `check`'s.
-    """
-    return _merge(experiment, {key: (value, "") for key, value in values.items()})
-
-
-def _merge(experiment: Experiment, given: Mapping[str, tuple[Any, str]]) -> Experiment:
-    """The one way in for values: `given` maps a dotted key to its value and origin."""
-    problems, groups = [], {}
-    for key, (value, origin) in given.items():
-        table, _, name = key.rpartition(".")
-        if key not in FIELDS:
-            problems.append(_unknown(key, value, origin))
-        elif not (
-            _traceable(FIELDS[key]) and hasattr(value, "aval")
-        ):  # else an array or tracer of JAX
-            problems.append(_problem(key, FIELDS[key], value, origin, only_type=True))
-            value = _typed(FIELDS[key], value)
-        groups.setdefault(table, {})[name] = value
-    _refuse(problems)
-    top = groups.pop("", {})
-    tables = {
-        t: dataclasses.replace(getattr(experiment, t), **values) for t, values in groups.items()
-    }
-    return dataclasses.replace(experiment, **top, **tables)
-
-
-def _unknown(key: str, value: Any, origin: str, own: Iterable[str] = ()) -> str:
-    """The message about a key that is no setting (`own`: flags of the command that would be none
-    too).
-    """
-    table, _, word = key.rpartition(".")
-    tables = f"tables: {', '.join(TABLES)}"
-    if key in TABLES:
-        return f"config: {key} = {_show(value)}{origin} is not a table; allowed: keys of [{key}]"
-    if isinstance(value, Mapping):
-        return (
-            f"config: unknown table [{key}]{origin}{nearest(key, {t: t for t in TABLES})}; {tables}"
-        )
-    last = {k: k.rpartition(".")[2] for k in (*FIELDS, *own)}
-    keys = ", ".join(w for k, w in last.items() if k.rpartition(".")[0] == table)
-    inside = (
-        f"keys of [{table}]: {keys}"
-        if table in TABLES
-        else f"keys: {keys}; " * (not table) + tables
-    )
-    # The last part decides, `--depth` means `--model.depth`; the key's own table comes first in a
-    # tie.
-    near = nearest(
-        word, dict(sorted(last.items(), key=lambda item: item[0].rpartition(".")[0] != table))
-    )
-    return f"config: unknown key {key!r}{origin}{near}; {inside}"
-
-
-# -- files, dictionaries, flags --------------------------------------------------------------------------
+# Dictionaries and files
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """Nested dictionaries, None included."""
+    """Nested dictionaries, including None values."""
     return dataclasses.asdict(experiment)
 
 
 def from_dict(nested: Mapping[str, Any]) -> Experiment:
-    """The inverse of `to_dict`, as strict as `load`; what is left out has its default.
+    """The inverse of `to_dict`, as strict as `load`; missing keys take their defaults.
 
     >>> from_dict({"name": "mine", "model": {"depth": 10}}).model.depth
     10
@@ -296,36 +69,42 @@ def to_toml(experiment: Experiment) -> str:
         if table != last:
             lines += ["", f"[{table}]"]
             last = table
-        if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
-            lines += [
-                f"{name} = " + json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            ]
+        if isinstance(value, str):
+            # JSON's escapes are TOML's, except for DEL.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{name} = {text}")
         elif value is not None:
-            lines += [f"{name} = " + repr(value).lower()]
+            lines.append(f"{name} = {repr(value).lower()}")
     return "\n".join(lines) + "\n"
 
 
 def load(path: str | Path, args: Sequence[str] = ()) -> Experiment:
-    """The experiment of a TOML file, with the flags of `args` over it, checked.
+    """The checked experiment of a TOML file; the flags in `args` override the file.
 
-    Args: `args`, such as `["--model.depth", "10", "--task.batch-size=32", "--model.no-residual"]`.
-    Raises: `ConfigError` for everything that a file or a flag can have wrong.
+    Args:
+      path: the file.
+      args: such as `["--model.depth", "10", "--task.batch-size=32", "--model.no-residual"]`.
+
+    Raises:
+      ConfigError: anything wrong with the file, a value or a flag.
     """
-    flags, words = _flags(args, {})
-    _refuse(f"config: unexpected argument {_show(word)}; needed: --key value" for word in words)
-    return _checked(_dotted(_without_sweep(str(path)), f" in {path}"), flags)
+    flags, words = _read_flags(args, {})
+    reject(f"config: unexpected argument {show(word)}; needed: --key value" for word in words)
+    return _checked(_read_settings(path), flags)
 
 
 def loads(text: str) -> Experiment:
     """The experiment of TOML text, as `to_toml` writes it; as strict as `load`."""
-    return _checked(_dotted({k: v for k, v in tomllib.loads(text).items() if k != "sweep"}, ""))
+    return _checked(_dotted(_without_sweep(tomllib.loads(text)), ""))
 
 
 def sweep_tables(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`[sweep.vmap]` and `[sweep.static]` of a TOML file as they stand there, for
-    `gradjax.experiment.grid`; empty if absent.
+    """`[sweep.vmap]` and `[sweep.static]` of a TOML file, unchecked; empty where absent.
 
-    Raises: `ConfigError` for any other key of `[sweep]`.
+    `gradjax.experiment.grid.grid` checks them.
+
+    Raises:
+      ConfigError: any other key of `[sweep]`.
     """
     table = _read(str(path)).get("sweep", {})
     if not isinstance(table, Mapping) or not all(isinstance(table[key], Mapping) for key in table):
@@ -341,105 +120,13 @@ def sweep_tables(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(table.get("vmap", {})), dict(table.get("static", {}))
 
 
-def _without_sweep(path: str) -> dict[str, Any]:
-    """What the file says of the one experiment that a sweep varies."""
-    return {key: value for key, value in _read(path).items() if key != "sweep"}
+def _without_sweep(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the experiment itself."""
+    return {key: value for key, value in nested.items() if key != "sweep"}
 
 
-def parse(args: Sequence[str], command: type[C] = Command) -> tuple[Experiment, C]:
-    """The experiment and the command's own arguments from the words `CONFIG [--flags]`."""
-    fields = {f.name: f for f in dataclasses.fields(command)}
-    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
-    own = {name: f for name, f in fields.items() if name not in needed}
-    flags, words = _flags(args, own)
-    if len(words) != len(needed):
-        came = (
-            f"unexpected argument {_show(words[-1])}"
-            if len(words) > len(needed)
-            else "too few arguments"
-        )
-        raise ConfigError(
-            f"config: {came}; needed: {' '.join(needed).upper()} [--flags], see --help"
-        )
-    mine = {name: flags.pop(name) for name in own if name in flags}
-    _refuse(_problem(name, own[name], *given) for name, given in mine.items())
-    options = command(
-        **dict(zip(needed, words, strict=True)), **{k: value for k, (value, _) in mine.items()}
-    )
-    return _checked(
-        _dotted(_without_sweep(options.config), f" in {options.config}"), flags
-    ), options
-
-
-def _flags(
-    args: Sequence[str], own: Mapping[str, Any]
-) -> tuple[dict[str, tuple[Any, str]], list[str]]:
-    """The flags by dotted key (the last one wins) with value and origin, and the words that are
-    none.
-    """
-    fields, flags, rest, words, origin = (
-        {**FIELDS, **own},
-        {},
-        [],
-        list(args),
-        " on the command line",
-    )
-    while words:
-        word = words.pop(0)
-        if not word.startswith("-"):
-            rest.append(word)
-            continue
-        name, equals, text = word.partition("=")
-        key = name[2:].replace("-", "_") if name.startswith("--") else name
-        positive = re.sub(r"(^|\.)no_(?=\w+$)", r"\1", key)  # --model.no_residual
-        if (
-            key not in fields
-            and positive in fields
-            and _kind(fields[positive]) is bool
-            and not equals
-        ):
-            flags[positive] = False, origin
-            continue
-        if key not in fields:
-            raise ConfigError(_unknown(name.removeprefix("--"), text, origin, own))
-        if not equals:
-            following = words[0] if words else "--"
-            if _kind(fields[key]) is bool and following.lower() not in ("true", "false"):
-                text = "true"
-            elif following.startswith("--"):
-                raise ConfigError(
-                    f"config: flag {name} needs {_KINDS[_kind(fields[key])]} after it"
-                )
-            else:
-                text = words.pop(0)
-        flags[key] = _meaning(fields[key], text), origin
-    return flags, rest
-
-
-def _meaning(field: dataclasses.Field, text: str) -> Any:
-    """The value that a flag's text means; the text itself where it means none, to be refused as
-    such.
-    """
-    kind, lower = _kind(field), text.lower()
-    if lower == "none" and field.default is None:
-        return None
-    try:
-        return {"true": True, "false": False}.get(lower, text) if kind is bool else kind(text)
-    except ValueError:
-        return text
-
-
-def _dotted(nested: Mapping[str, Any], origin: str) -> dict[str, tuple[Any, str]]:
-    """Flattens the known tables only: any other, an empty one too, stays a value and is refused."""
-    flat = {}
-    for table, value in nested.items():
-        inside = table in TABLES and isinstance(value, Mapping)
-        for key, v in value.items() if inside else [(table, value)]:
-            key = (
-                key if re.fullmatch(r"[\w-]+", str(key)) else repr(key)
-            )  # quoted: "model.depth" = 1
-            flat[f"{table}.{key}" if inside else str(key)] = v, origin
-    return flat
+def _read_settings(path: str | Path) -> Given:
+    return _dotted(_without_sweep(_read(str(path))), f" in {path}")
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -457,37 +144,102 @@ def _read(name: str) -> dict[str, Any]:
         wrong = f"is not UTF-8 (byte {error.start})"
     except RecursionError:
         wrong = "is not valid TOML: nested too deeply"
-    except ValueError as error:  # tomllib says the line; or a NUL in the name
+    except ValueError as error:  # tomllib names the line; or the path holds a NUL
         wrong = f"is not valid TOML: {error}"
     raise ConfigError(
-        f"config: {_show(name)} {wrong}{near}; needed: a TOML file such as configs/demo.toml"
+        f"config: {show(name)} {wrong}{near}; needed: a TOML file such as configs/demo.toml"
     )
 
 
-def _checked(*layers: Mapping[str, tuple[Any, str]]) -> Experiment:
-    """The defaults with each layer over the one before; also what is overridden must be of its
-    type.
-    """
-    experiment = functools.reduce(_merge, layers, Experiment())
+def _dotted(nested: Mapping[str, Any], origin: str) -> Given:
+    """Flatten the known tables; anything else, an empty table too, stays a value to be rejected."""
+    flat = {}
+    for table, value in nested.items():
+        if table not in TABLES or not isinstance(value, Mapping):
+            flat[_quoted(table)] = value, origin
+            continue
+        for key, v in value.items():
+            flat[f"{table}.{_quoted(key)}"] = v, origin
+    return flat
+
+
+def _quoted(key: Any) -> str:
+    """A key as TOML spells it: one such as `"model.depth"` keeps its quotes."""
+    return str(key) if re.fullmatch(r"[\w-]+", str(key)) else repr(key)
+
+
+def _checked(*layers: Given) -> Experiment:
+    """The defaults with each layer over the one before; overridden values must have their type."""
+    experiment = functools.reduce(merge, layers, Experiment())
     check(experiment, {key: origin for layer in layers for key, (_, origin) in layer.items()})
     return experiment
 
 
-def help_text(prog: str, command: type[Command] = Command, text: str = "") -> str:
-    """The text of `PROG --help`: `text`, the fields with their docstrings (by tyro), examples."""
-    import tyro
+# Flags
 
-    experiment = Annotated[
-        Experiment, tyro.conf.arg(name="")
-    ]  # --model.depth, not --experiment.model.depth
-    groups = [("command", tyro.conf.OmitArgPrefixes[command]), ("experiment", experiment)]
-    conf = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
-    whole = dataclasses.make_dataclass("whole", groups)
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        tyro.cli(
-            whole, args=["--help"], prog=prog, description=text, use_underscores=True, config=conf
+
+def parse(args: Sequence[str], command: type[C] = Command) -> tuple[Experiment, C]:
+    """The experiment and the command's own arguments from the words `CONFIG [--flags]`.
+
+    Raises:
+      ConfigError: anything wrong with the words, the file or a value.
+    """
+    fields = {f.name: f for f in dataclasses.fields(command)}
+    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
+    own = {name: f for name, f in fields.items() if name not in needed}
+    flags, words = _read_flags(args, own)
+    if len(words) != len(needed):
+        came = "too few arguments"
+        if len(words) > len(needed):
+            came = f"unexpected argument {show(words[-1])}"
+        raise ConfigError(
+            f"config: {came}; needed: {' '.join(needed).upper()} [--flags], see --help"
         )
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    examples = ("", " --model.depth 200 --model.sigma_w=1.5", " --task.name mnist --model.residual")
-    lines += ["Flags win over CONFIG, and CONFIG over the defaults above.", "", "examples:"]
-    return "\n".join([*lines, *(f"  {prog} configs/demo.toml{flags}" for flags in examples), ""])
+    mine = {name: flags.pop(name) for name in own if name in flags}
+    reject(find_problem(name, own[name], *given) for name, given in mine.items())
+    values = dict(zip(needed, words, strict=True)) | {k: value for k, (value, _) in mine.items()}
+    options = command(**values)
+    return _checked(_read_settings(options.config), flags), options
+
+
+def _read_flags(args: Sequence[str], own: Mapping[str, Any]) -> tuple[Given, list[str]]:
+    """The flags by dotted key (the last one wins), and the words that are not flags."""
+    fields, flags, rest, words = {**FIELDS, **own}, {}, [], list(args)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            rest.append(word)
+            continue
+        name, equals, text = word.partition("=")
+        key = name[2:].replace("-", "_") if name.startswith("--") else name
+        if key not in fields:
+            # --model.no_residual
+            positive = re.sub(r"(^|\.)no_(?=\w+$)", r"\1", key)
+            if equals or positive not in fields or kind_of(fields[positive]) is not bool:
+                reject([describe_unknown(name.removeprefix("--"), text, _ON_COMMAND_LINE, own)])
+            flags[positive] = False, _ON_COMMAND_LINE
+            continue
+        kind = kind_of(fields[key])
+        if not equals:
+            following = words[0] if words else "--"
+            if kind is bool and following.lower() not in ("true", "false"):
+                text = "true"
+            elif following.startswith("--"):
+                raise ConfigError(f"config: flag {name} needs {KINDS[kind]} after it")
+            else:
+                text = words.pop(0)
+        flags[key] = _parsed(fields[key], text), _ON_COMMAND_LINE
+    return flags, rest
+
+
+def _parsed(field: dataclasses.Field, text: str) -> Any:
+    """The value of a flag's text; the text itself if it has none, which the check then rejects."""
+    kind, lower = kind_of(field), text.lower()
+    if lower == "none" and field.default is None:
+        return None
+    if kind is bool:
+        return {"true": True, "false": False}.get(lower, text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text

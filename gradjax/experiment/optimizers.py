@@ -1,17 +1,17 @@
 """From a config to one Optax chain: guard, clipping, optimiser, regularisation, schedule.
 
-    g -> [+ l1 sign W + l2 W] -> clipping -> direction -> [+ weight_decay W] -> * -rate(t) -> weight
-    projections
+    g -> [+ l1 sign W + l2 W] -> clipping -> direction -> [+ weight_decay W] -> * -rate(t)
+      -> projections of the weights
 
-and around it the guard (spam: around the direction alone, since what is inside starts anew now and
-then), and around all `freeze_diverged`, which gives a lost run up and keeps its last good
-parameters: at its first gradient or loss that is not finite, or, with a guard, after `PATIENCE` of
-them in a row. L-BFGS is the exception: a clipped gradient is no gradient of the loss its secant
-pairs and line search measure (Optax issue 1201), so its *direction* is clipped. Every float of
-`gradjax.config.Optimizer` may be traced.
+The guard is wrapped around this chain (spam only around the direction, because it restarts what it
+wraps now and then). `freeze_diverged` is wrapped around everything: it gives up a diverged run and
+keeps its last good parameters, at the first gradient or loss that is not finite, or, with a guard,
+after `PATIENCE` of them in a row. L-BFGS is the exception: a clipped gradient is not a gradient of
+the loss that its secant pairs and line search measure (Optax issue 1201), so its *direction* is
+clipped. Every float of `gradjax.config.Optimizer` may be traced.
 
-Regularisation acts on kernels, not on biases and norms' scales. A leaf below `layers` holds a
-scanned stack, and rules per layer treat its layers one by one.
+Regularisation acts on kernels, not on biases or the scales of norms. A leaf below `layers` is the
+stack of a scan, whose layers the per-layer rules treat one by one.
 """
 
 from collections.abc import Callable
@@ -25,37 +25,40 @@ from jax import Array
 
 from gradjax import transforms
 from gradjax.experiment.schema import Optimizer
+from gradjax.transforms.rule import RuleState
 
 PyTree = Any
-PATIENCE = 20  # steps; ours: a guard is for a bad batch, not for a run of which nothing is left
+# Steps. Our choice: guards absorb an occasional bad batch, not a diverged run.
+PATIENCE = 20
 
 
 def is_stacked(path: str) -> bool:
-    """Whether our models keep the layers of a scan in the leaf at this key path."""
+    """Whether the leaf at this key path holds the stacked layers of a scan in our models."""
     return "['layers']" in path
 
 
 def kernels(params: PyTree) -> PyTree:
     """A tree of bools: which leaves are matrices of weights."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "['kernel']" in jax.tree_util.keystr(path), params
-    )
+
+    def is_kernel(path, _):
+        return "['kernel']" in jax.tree_util.keystr(path)
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
-# -- directions ------------------------------------------------------------------------------------------
+# Directions
 
 
-def _or(value: Any, default: float) -> Any:
+def _pick(value: Any, default: float) -> Any:
     return default if value is None else value
 
 
 def adam_uncorrected(
     b1: float | Array = 0.9, b2: float | Array = 0.999
 ) -> optax.GradientTransformation:
-    """Adam without bias correction (Kingma & Ba 2015, arXiv 1412.6980, section 3 without its last
-    step).
+    """Adam without bias correction (Kingma & Ba 2015, arXiv 1412.6980, section 3).
 
-    Optax's rule with a step count at which 1 - b^t is 1 to the last bit.
+    Optax's rule, started at a step count for which 1 - b^t is 1 to the last bit.
     """
     adam = optax.scale_by_adam(b1, b2)
     late = jnp.asarray(2**30, jnp.int32)
@@ -67,70 +70,51 @@ def adam_uncorrected(
 
 
 def _muon(o: Optimizer) -> optax.GradientTransformation:
-    """Muon for the kernels before the read-out (of each layer of a stack its own), Adam for all
-    else.
-    """
+    """Muon for the kernels before the read-out, layer by layer in a stack; Adam for all else."""
+
+    def find_axes(path, x):
+        name = jax.tree_util.keystr(path)
+        if "['kernel']" not in name or "['readout']" in name:
+            return None
+        first = x.ndim - 2
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=first, output_axis=first + 1)
 
     def dimensions(params):
-        def one(path, x):
-            name = jax.tree_util.keystr(path)
-            if "['kernel']" not in name or "['readout']" in name:
-                return None
-            first = x.ndim - 2
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=first, output_axis=first + 1)
-
-        return jax.tree_util.tree_map_with_path(one, params)
+        return jax.tree_util.tree_map_with_path(find_axes, params)
 
     muon = optax.contrib.muon(
         1.0,
-        beta=_or(o.momentum, 0.95),
-        adam_b2=_or(o.b2, 0.999),
+        beta=_pick(o.momentum, 0.95),
+        adam_b2=_pick(o.b2, 0.999),
         muon_weight_dimension_numbers=dimensions,
     )
-    return optax.chain(muon, optax.scale(-1.0))  # a direction, as all the others
+    # The other optimisers here return a direction to be scaled by -rate; Muon's has that sign.
+    return optax.chain(muon, optax.scale(-1.0))
 
 
 def coordinate_descent(block: str = "layer", order: str = "cyclic") -> optax.GradientTransformation:
     """The gradient of one block of parameters at a time, zero elsewhere.
 
     Args:
-      block: "layer": the leaves of one module, a scanned stack's layer by layer; or "coordinate":
-        one number.
-      order: "cyclic", or "random": uniform with replacement, the same for every seed of the
-        network.
+      block: "layer" (the leaves of one module; the layers of a scanned stack are separate blocks)
+        or "coordinate" (one number).
+      order: "cyclic", or "random": uniform with replacement, with the same draws for every seed of
+        the network.
 
     References:
-      Nesterov 2012, Efficiency of coordinate descent methods on huge-scale optimization problems, SIAM J. Optim. 22
-      (random order); Wright 2015, arXiv 1502.04759 (a survey).
+      Nesterov 2012, Efficiency of coordinate descent methods on huge-scale optimization problems,
+      SIAM J. Optim. 22 (random order); Wright 2015, arXiv 1502.04759 (a survey).
     """
+    number = _number_coordinates if block == "coordinate" else _number_layers
 
-    def blocks(params) -> tuple[list[np.ndarray], int]:
-        """Of each leaf the number of the block that its entries belong to, broadcasting against the
-        leaf.
-        """
-        flat, numbers, names, count = jax.tree_util.tree_flatten_with_path(params)[0], [], {}, 0
-        for path, x in flat:
-            name = jax.tree_util.keystr(path)
-            if block == "coordinate":
-                numbers.append(np.arange(count, count + x.size, dtype=np.int32).reshape(x.shape))
-                count += x.size
-                continue
-            module = jax.tree_util.keystr(path[:-1])
-            size = x.shape[0] if is_stacked(name) else 1
-            if (module, size) not in names:
-                names[module, size] = count
-                count += size
-            first = names[module, size]
-            own = np.arange(first, first + size, dtype=np.int32)
-            numbers.append(own.reshape(-1, *[1] * (x.ndim - 1)) if is_stacked(name) else own[0])
-        return numbers, count
+    def init_fn(params):
+        return jnp.zeros((), jnp.int32)
 
     def update_fn(updates, state, params=None):
-        count, (numbers, total) = state, blocks(updates)
+        count, (numbers, total) = state, number(updates)
         if order == "random":
-            chosen = jax.random.randint(
-                jax.random.fold_in(jax.random.key(0), count), (), 0, max(total, 1), jnp.int32
-            )
+            key = jax.random.fold_in(jax.random.key(0), count)
+            chosen = jax.random.randint(key, (), 0, max(total, 1), jnp.int32)
         else:
             chosen = count % max(total, 1)
         leaves, structure = jax.tree.flatten(updates)
@@ -140,29 +124,55 @@ def coordinate_descent(block: str = "layer", order: str = "cyclic") -> optax.Gra
         ]
         return jax.tree.unflatten(structure, kept), count + 1
 
-    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update_fn)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init_fn, update_fn)  # type: ignore[arg-type]
+
+
+def _number_coordinates(params: PyTree) -> tuple[list[np.ndarray], int]:
+    """For each leaf the numbers of its entries, and how many numbers there are."""
+    numbers, count = [], 0
+    for x in jax.tree.leaves(params):
+        numbers.append(np.arange(count, count + x.size, dtype=np.int32).reshape(x.shape))
+        count += x.size
+    return numbers, count
+
+
+def _number_layers(params: PyTree) -> tuple[list[np.ndarray], int]:
+    """For each leaf the number of its block, or of each layer's block; and how many blocks."""
+    numbers, names, count = [], {}, 0
+    for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+        is_stack = is_stacked(jax.tree_util.keystr(path))
+        module, size = jax.tree_util.keystr(path[:-1]), x.shape[0] if is_stack else 1
+        if (module, size) not in names:
+            names[module, size] = count
+            count += size
+        first = names[module, size]
+        own = np.arange(first, first + size, dtype=np.int32)
+        numbers.append(own.reshape(-1, *[1] * (x.ndim - 1)) if is_stack else own[0])
+    return numbers, count
 
 
 OPTIMIZERS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
     "sgd": lambda o: optax.identity(),
-    "momentum": lambda o: optax.trace(_or(o.momentum, 0.9)),
-    "nesterov": lambda o: optax.trace(_or(o.momentum, 0.9), nesterov=True),
-    "adam": lambda o: optax.scale_by_adam(_or(o.momentum, 0.9), _or(o.b2, 0.999)),
-    "adamw": lambda o: optax.scale_by_adam(_or(o.momentum, 0.9), _or(o.b2, 0.999)),
-    "nadam": lambda o: optax.scale_by_adam(_or(o.momentum, 0.9), _or(o.b2, 0.999), nesterov=True),
-    "adam_uncorrected": lambda o: adam_uncorrected(_or(o.momentum, 0.9), _or(o.b2, 0.999)),
-    "rmsprop": lambda o: optax.scale_by_rms(_or(o.b2, 0.9)),
+    "momentum": lambda o: optax.trace(_pick(o.momentum, 0.9)),
+    "nesterov": lambda o: optax.trace(_pick(o.momentum, 0.9), nesterov=True),
+    "adam": lambda o: optax.scale_by_adam(_pick(o.momentum, 0.9), _pick(o.b2, 0.999)),
+    "adamw": lambda o: optax.scale_by_adam(_pick(o.momentum, 0.9), _pick(o.b2, 0.999)),
+    "nadam": lambda o: optax.scale_by_adam(
+        _pick(o.momentum, 0.9), _pick(o.b2, 0.999), nesterov=True
+    ),
+    "adam_uncorrected": lambda o: adam_uncorrected(_pick(o.momentum, 0.9), _pick(o.b2, 0.999)),
+    "rmsprop": lambda o: optax.scale_by_rms(_pick(o.b2, 0.9)),
     "adagrad": lambda o: optax.scale_by_rss(initial_accumulator_value=0.1, eps=1e-7),
-    "adadelta": lambda o: optax.scale_by_adadelta(_or(o.b2, 0.9)),
-    "lion": lambda o: optax.scale_by_lion(_or(o.momentum, 0.9), _or(o.b2, 0.99)),
+    "adadelta": lambda o: optax.scale_by_adadelta(_pick(o.b2, 0.9)),
+    "lion": lambda o: optax.scale_by_lion(_pick(o.momentum, 0.9), _pick(o.b2, 0.99)),
     "muon": _muon,
     "lbfgs": lambda o: optax.scale_by_lbfgs(),
     "coordinate": lambda o: coordinate_descent(o.block, o.order),
 }
 
 _WITHOUT_THRESHOLD = ("none", "autoclip", "historical_clip", "zclip")
-# name -> rule of one threshold, `optimizer.max_norm`; the adaptive ones take their papers' defaults
-# for the rest
+# name -> rule of one threshold, `optimizer.max_norm`; for everything else the adaptive rules take
+# their papers' defaults
 CLIPPING: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "none": lambda limit: optax.identity(),
     "clip": transforms.clip,
@@ -185,11 +195,12 @@ GUARDS: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransfo
     "repair_non_finite": lambda tx: transforms.skip_non_finite(tx, repair=True),
     "skip_spikes": transforms.skip_spikes,
     "restore_moments": transforms.restore_moments,
-    "spam": lambda tx: tx,  # it belongs around the direction alone, see `build`
+    # `build` wraps it around the direction only.
+    "spam": lambda tx: tx,
 }
 
-# setting -> the field that decides whether it means anything, and the values with which it does
 _ADAMS = ("adam", "adamw", "nadam", "adam_uncorrected", "lion", "muon")
+# setting -> the field that decides whether it has a meaning, and the values with which it has
 _NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "momentum": ("name", ("momentum", "nesterov", *_ADAMS)),
     "b2": ("name", (*_ADAMS, "rmsprop", "adadelta")),
@@ -201,29 +212,36 @@ _NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def check_compatible(o: Optimizer) -> list[str]:
-    """What of the settings means nothing to the others, or cannot go with them."""
-    told = []
+    """One message per setting that has no meaning beside the others, or cannot go with them."""
+    problems = []
+    defaults = Optimizer()
     for setting, (owner, useful) in _NEEDS.items():
         value, chosen = getattr(o, setting), getattr(o, owner)
-        if value != Optimizer.__dataclass_fields__[setting].default and chosen not in useful:
-            told += [
-                f"optimizers: optimizer.{setting} = {value!r} means nothing to optimizer.{owner} = {chosen!r}; leave "
-                f"it out, or choose one of {', '.join(useful)}"
-            ]
+        if value != getattr(defaults, setting) and chosen not in useful:
+            problems.append(
+                f"optimizers: optimizer.{setting} = {value!r} means nothing to optimizer.{owner} = "
+                f"{chosen!r}; leave it out, or choose one of {', '.join(useful)}"
+            )
     if o.name == "lbfgs" and o.guard == "spam":
-        told += [
-            "optimizers: optimizer.guard = 'spam' resets moments, and optimizer.name = 'lbfgs' has none"
-        ]
-    return told
+        problems.append(
+            "optimizers: optimizer.guard = 'spam' resets moments, and optimizer.name = 'lbfgs' has "
+            "none"
+        )
+    return problems
 
 
-# -- schedules -------------------------------------------------------------------------------------------
+def find_clipping_rules(o: Optimizer, params: PyTree) -> set[str]:
+    """The names under which the clipping rule of a config reports its telemetry."""
+    state = jax.eval_shape(CLIPPING[o.clipping](o.max_norm).init, params)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
+    return {node.rule for node in nodes if isinstance(node, RuleState)}
+
+
+# Schedules
 
 
 def _step_decay(o: Optimizer, num_steps: int) -> optax.Schedule:
-    """At a half and three quarters of the steps, as He et al. 2016 (arXiv 1512.03385, section
-    4.2).
-    """
+    """Reductions at 1/2 and 3/4 of the steps (He et al. 2016, arXiv 1512.03385, section 4.2)."""
     boundaries = {round(fraction * num_steps): o.decay for fraction in (0.5, 0.75)}
     return transforms.piecewise_constant_schedule(o.learning_rate, boundaries)
 
@@ -235,10 +253,9 @@ SCHEDULES: dict[str, Callable[[Optimizer, int], optax.Schedule]] = {
     ),
     "exponential": lambda o, n: transforms.exponential_decay(o.learning_rate, n, o.decay),
     "step": _step_decay,
-    "plateau": lambda o, n: optax.constant_schedule(
-        o.learning_rate
-    ),  # its factor follows the loss, see `build`
-    # from a thousandth of the rate to all of it in the first tenth of the steps
+    # `build` adds the factor that follows the loss.
+    "plateau": lambda o, n: optax.constant_schedule(o.learning_rate),
+    # From a thousandth of the rate to the whole of it over the first tenth of the steps.
     "growth_limited": lambda o, n: transforms.growth_limited_warmup(
         o.learning_rate, o.learning_rate * 1e-3, 1e3 ** (10 / max(n, 10))
     ),
@@ -246,22 +263,19 @@ SCHEDULES: dict[str, Callable[[Optimizer, int], optax.Schedule]] = {
 
 
 def learning_rate(o: Optimizer, num_steps: int) -> optax.Schedule:
-    """Step -> rate: the named schedule, times a linear rise over the first `warmup` share of the
-    steps.
-    """
+    """Step -> rate: the named schedule, times the linear rise of `warmup`."""
     schedule = SCHEDULES[o.schedule](o, num_steps)
 
     def rate(count):
         rise = jnp.asarray(o.warmup, jnp.float32) * num_steps
-        risen = jnp.minimum(jnp.asarray(count, jnp.float32) + 1, rise) / jnp.where(
-            rise > 0, rise, 1
-        )
+        steps = jnp.asarray(count, jnp.float32) + 1
+        risen = jnp.minimum(steps, rise) / jnp.where(rise > 0, rise, 1)
         return schedule(count) * jnp.where(rise > 1, risen, 1)
 
     return rate
 
 
-# -- the chain -------------------------------------------------------------------------------------------
+# The chain
 
 
 def build(
@@ -270,39 +284,47 @@ def build(
     """The chain of a config; see the module.
 
     Args:
-      o: `gradjax.config.Optimizer`, whose floats may be traced.
+      o: the optimiser of a config, whose floats may be traced.
       num_steps: length of the schedule.
-      max_loss: a run whose loss is above it is frozen.
+      max_loss: a run with a larger loss is frozen.
 
     Returns:
-      A transform whose `update` takes params and value=loss (L-BFGS also grad= and value_fn=), whose telemetry
-      `gradjax.telemetry` reads, and whose last good parameters `gradjax.transforms.last_good_params`.
+      A transform whose `update` takes params and value=loss (L-BFGS also grad= and value_fn=).
+      `gradjax.telemetry` reads its telemetry, and `gradjax.transforms.last_good_params` its last
+      good parameters.
     """
-    clip, direction = CLIPPING[o.clipping](o.max_norm), OPTIMIZERS[o.name](o)
-    direction = transforms.spam(direction) if o.guard == "spam" else direction
-    decay = (
-        1e-4 if o.name == "adamw" and o.weight_decay is None else o.weight_decay
-    )  # Optax's default
-    parts = [] if o.l1 is None else [optax.masked(transforms.add_l1(o.l1), kernels)]
-    parts += [] if o.l2 is None else [optax.add_decayed_weights(o.l2, kernels)]
-    parts += [direction, clip] if o.name == "lbfgs" else [clip, direction]
-    parts += [] if decay is None else [optax.add_decayed_weights(decay, kernels)]
-    parts += [optax.scale_by_learning_rate(learning_rate(o, num_steps))]
-    if (
-        o.name == "lbfgs"
-    ):  # Nocedal & Wright 2006, algorithms 3.5 and 3.6; never beyond the clipped direction
-        parts += [
-            optax.scale_by_zoom_linesearch(20, max_learning_rate=1.0, initial_guess_strategy="one")
-        ]
-    if o.schedule == "plateau":
-        parts += [
-            transforms.reduce_on_plateau(
-                o.decay, patience=10, accumulation_size=max(num_steps // 100, 1)
-            )
-        ]
-    parts += [] if o.weight_norm is None else [transforms.max_norm(o.weight_norm, is_stacked)]
-    parts += [] if o.weight_clip is None else [transforms.weight_clip(o.weight_clip)]
+    chain = optax.chain(*_links(o, num_steps))
     patience = 1 if o.guard == "none" else PATIENCE
-    return transforms.freeze_diverged(
-        GUARDS[o.guard](optax.chain(*parts)), max_value=max_loss, patience=patience
-    )
+    return transforms.freeze_diverged(GUARDS[o.guard](chain), max_value=max_loss, patience=patience)
+
+
+def _links(o: Optimizer, num_steps: int) -> list[optax.GradientTransformation]:
+    """The links of the chain inside the guard, in order."""
+    clip, direction = CLIPPING[o.clipping](o.max_norm), OPTIMIZERS[o.name](o)
+    if o.guard == "spam":
+        direction = transforms.spam(direction)
+    decay = o.weight_decay
+    if o.name == "adamw" and decay is None:
+        decay = 1e-4  # Optax's default
+    links = []
+    if o.l1 is not None:
+        links.append(optax.masked(transforms.add_l1(o.l1), kernels))
+    if o.l2 is not None:
+        links.append(optax.add_decayed_weights(o.l2, kernels))
+    links += [direction, clip] if o.name == "lbfgs" else [clip, direction]
+    if decay is not None:
+        links.append(optax.add_decayed_weights(decay, kernels))
+    links.append(optax.scale_by_learning_rate(learning_rate(o, num_steps)))
+    if o.name == "lbfgs":
+        # Nocedal & Wright 2006, algorithms 3.5 and 3.6; never beyond the clipped direction.
+        links.append(
+            optax.scale_by_zoom_linesearch(20, max_learning_rate=1.0, initial_guess_strategy="one")
+        )
+    if o.schedule == "plateau":
+        window = max(num_steps // 100, 1)
+        links.append(transforms.reduce_on_plateau(o.decay, patience=10, accumulation_size=window))
+    if o.weight_norm is not None:
+        links.append(transforms.max_norm(o.weight_norm, is_stacked))
+    if o.weight_clip is not None:
+        links.append(transforms.weight_clip(o.weight_clip))
+    return links

@@ -1,20 +1,21 @@
-"""Greedy training of one hidden layer after the other, without labels; back-propagation then starts
-from there.
+"""Greedy training of one hidden layer after another, without labels, before back-propagation.
 
-Layer l learns to describe h_{l-1}, the training inputs as the layers below it, already trained,
-pass them on:
+Layer l learns a model of h_{l-1}, the training inputs as the trained layers below pass them on:
 
-    rbm           W, b are those of a restricted Boltzmann machine, trained by contrastive divergence with one step
-                  of Gibbs sampling, dW ~ <v h>_data - <v h>_reconstruction; hidden units are binary, so the activation
-                  is the sigmoid; visible units are Gaussian of variance 1 at the inputs, binary above
-                  (Hinton, Osindero, Teh 2006, Neural Computation 18; Hinton 2010, a practical guide, UTML TR 2010-003)
-    autoencoder   phi(W x' + b) has to give x back through W^T, where x' is x with a quarter of its entries set to 0
-                  (Vincent et al. 2008, ICML: denoising, tied weights, masking noise), by gradient descent on the cross
-                  entropy where x are a sigmoid's values, else on half the squared error
+    rbm           W and b belong to a restricted Boltzmann machine, trained by contrastive
+                  divergence with one step of Gibbs sampling,
+                  dW ~ <v h>_data - <v h>_reconstruction. Hidden units are binary, so the activation
+                  is the sigmoid; visible units are Gaussian of variance 1 at the inputs and binary
+                  above (Hinton, Osindero, Teh 2006, Neural Computation 18; Hinton 2010, a practical
+                  guide, UTML TR 2010-003)
+    autoencoder   phi(W x' + b) must reproduce x through W^T, where x' is x with a quarter of its
+                  entries set to 0 (Vincent et al. 2008, ICML: denoising, tied weights, masking
+                  noise). Gradient descent on the cross entropy if x are values of a sigmoid, else
+                  on half the squared error
 
-Pure functions: jit, vmap over seeds, and all layers but the first in one scan. Serves the plain
-MLP, see `refuses`. Cost: `pretrain_steps` steps of one layer for each; the activations of the whole
-training split are held.
+Pure functions that jit and vmap over seeds; all layers but the first are one scan. Covers the plain
+MLP only, see `check_compatible`. Cost: `pretrain_steps` steps per layer; the activations of the
+whole training split are kept in memory.
 """
 
 from collections.abc import Callable
@@ -25,13 +26,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from gradjax.experiment.models.layers import Activation
+from gradjax.experiment.schema import Experiment, Model
 from gradjax.experiment.tasks import Split, batch_at
 
 PyTree = Any
 
-MOMENTUM = 0.9  # Hinton 2010, section 9
-REAL_RATE = 0.1  # of the rate where visible units are real numbers: ten times lower or more (Hinton 2010, section 13.2)
-MASKED = 0.25  # share of the inputs that the autoencoder does not see (Vincent 2008 tries 0, 10, 25, 40%)
+# Hinton 2010, section 9.
+MOMENTUM = 0.9
+# Factor on the rate if visible units are real numbers: at most 1/10 (Hinton 2010, section 13.2).
+REAL_RATE = 0.1
+# Fraction of the inputs hidden from the autoencoder (Vincent 2008 tries 0, 10, 25 and 40%).
+MASKED = 0.25
 
 
 def _affine(x: Array, kernel: Array, bias: Array) -> Array:
@@ -41,20 +46,25 @@ def _affine(x: Array, kernel: Array, bias: Array) -> Array:
 def contrastive_divergence(
     key: Array, layer: PyTree, v: Array, phi: Callable, binary: bool
 ) -> PyTree:
-    """CD-1's ascent direction, averaged over a batch v of visible vectors, (batch, visible); phi is
-    the sigmoid.
+    """The ascent direction of CD-1, averaged over a batch.
 
     Args:
-      layer: kernel (visible, hidden), bias (hidden,), and the visible units' bias `back`
-        (visible,).
+      key: PRNG key of the hidden sample.
+      layer: kernel (visible, hidden), bias (hidden,), and `back` (visible,), the bias of the
+        visible units.
+      v: visible vectors (batch, visible).
+      phi: the sigmoid.
       binary: whether visible units are binary and v their probabilities, or Gaussian of variance 1.
+
+    Returns:
+      A tree like `layer`.
     """
     p = phi(_affine(v, layer["kernel"], layer["bias"]))
     h = (jax.random.uniform(key, p.shape, p.dtype) < p).astype(p.dtype)
     again = _affine(h, layer["kernel"].T, layer["back"])
-    again = (
-        phi(again) if binary else again
-    )  # the mean: less noise than a sample (Hinton 2010, section 3.2)
+    if binary:
+        # The mean, which has less noise than a sample (Hinton 2010, section 3.2).
+        again = phi(again)
     q = phi(_affine(again, layer["kernel"], layer["bias"]))
     size = jnp.asarray(1 / len(v), v.dtype)
     total = {
@@ -66,17 +76,18 @@ def contrastive_divergence(
 
 
 def denoising(key: Array, layer: PyTree, x: Array, phi: Callable, binary: bool) -> PyTree:
-    """Descent direction of what a batch x, (batch, visible), loses in being given back; arguments
-    as above.
+    """The descent direction of a batch's reconstruction loss; see `contrastive_divergence`.
+
+    `key` draws the mask, x (batch, visible) is what must be reproduced, and phi is the activation.
     """
-    seen = jnp.where(jax.random.uniform(key, x.shape, x.dtype) < MASKED, jnp.zeros_like(x), x)
+    hidden = jax.random.uniform(key, x.shape, x.dtype) < MASKED
+    seen = jnp.where(hidden, jnp.zeros_like(x), x)
 
     def loss(layer):
-        back = _affine(
-            phi(_affine(seen, layer["kernel"], layer["bias"])), layer["kernel"].T, layer["back"]
-        )
-        lost = jax.nn.softplus(back) - x * back if binary else 0.5 * jnp.square(back - x)
-        return jnp.mean(jnp.sum(lost, axis=1))
+        h = phi(_affine(seen, layer["kernel"], layer["bias"]))
+        back = _affine(h, layer["kernel"].T, layer["back"])
+        losses = jax.nn.softplus(back) - x * back if binary else 0.5 * jnp.square(back - x)
+        return jnp.mean(jnp.sum(losses, axis=1))
 
     return jax.tree.map(jnp.negative, jax.grad(loss)(layer))
 
@@ -88,40 +99,42 @@ METHODS: dict[str, Callable | None] = {
 }
 
 
-def check_compatible(experiment: Any) -> str:
-    """Why the network of a `gradjax.config.Experiment` cannot be pre-trained as asked; empty where
-    it can.
-    """
+def check_compatible(experiment: Experiment) -> str:
+    """Why the network of an experiment cannot be pre-trained as configured; empty if it can."""
     method, model = experiment.train.pretrain, experiment.model
     if method == "none":
         return ""
-    wrong = ""
+    needs = _missing(method, model)
+    return f"pretraining: train.pretrain = {method!r} needs {needs}." if needs else ""
+
+
+def _missing(method: str, model: Model) -> str:
+    """What a method needs and the network lacks; empty if nothing."""
     if model.name != "mlp":
-        wrong = f"a stack of dense layers, which model.name = {model.name!r} is not; choose 'mlp'"
-    elif (
-        model.residual
-        or model.highway
-        or model.normalization != "none"
-        or model.weight_standardization
-    ):
-        wrong = "plain layers phi(W h + b): neither skips nor gates nor normalisation"
-    elif method == "rbm" and model.activation != "sigmoid":
-        wrong = f"the hidden units' probability as activation, 'sigmoid'; model.activation is {model.activation!r}"
-    return f"pretraining: train.pretrain = {method!r} needs {wrong}." if wrong else ""
+        return f"a stack of dense layers, which model.name = {model.name!r} is not; choose 'mlp'"
+    skips = model.residual or model.highway
+    if skips or model.normalization != "none" or model.weight_standardization:
+        return "plain layers phi(W h + b): neither skips nor gates nor normalisation"
+    if method == "rbm" and model.activation != "sigmoid":
+        return (
+            "the hidden units' probability as activation, 'sigmoid'; model.activation is "
+            f"{model.activation!r}"
+        )
+    return ""
 
 
-def pretrain(key: Array, variables: PyTree, data: Split, experiment: Any) -> PyTree:
-    """Variables of an MLP with its hidden layers trained greedily; read-out and all else are as
-    they came.
+def pretrain(key: Array, variables: PyTree, data: Split, experiment: Experiment) -> PyTree:
+    """The variables of an MLP after greedy training of its hidden layers; the rest is unchanged.
 
     Args:
       key: PRNG key of batches, samples and masks.
       variables: as `init` of the model returns them.
-      data: training split, whose targets are not looked at.
-      experiment: its model, `task.batch_size` and `train.pretrain...`; floats may be traced.
+      data: training split, whose targets are not used.
+      experiment: gives the model, `task.batch_size` and `train.pretrain...`; its floats may be
+        traced.
 
     Raises:
-      ValueError: a network that the method does not serve.
+      ValueError: a network that the method does not cover.
     """
     if reason := check_compatible(experiment):
         raise ValueError(reason)
@@ -129,14 +142,15 @@ def pretrain(key: Array, variables: PyTree, data: Split, experiment: Any) -> PyT
     assert direction is not None
     activation: Any = Activation(model.activation, model.depth, parent=None)
     size = min(experiment.task.batch_size, len(data.x))
+    binary_above = model.activation == "sigmoid"
 
-    def greedy(
-        h: Array, theta: tuple, binary: bool = model.activation == "sigmoid"
-    ) -> tuple[Array, PyTree]:
+    def greedy(h: Array, theta: tuple, binary: bool = binary_above) -> tuple[Array, PyTree]:
         variables, key = theta
         rate = jnp.asarray(train.pretrain_rate * (1.0 if binary else REAL_RATE), jnp.float32)
-        act = lambda z: activation.apply(variables["activation"], z)
         order, noise = jax.random.split(key)
+
+        def act(z):
+            return activation.apply(variables["activation"], z)
 
         def step(carry, count):
             layer, speed = carry

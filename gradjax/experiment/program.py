@@ -1,9 +1,8 @@
-"""One compiled program: many seeds of one static setting, laid out as blocks of lanes, one vmap per
-block.
+"""One compiled program: the members of one static setting in blocks of lanes, one vmap per block.
 
-A worker is an accelerator, or a thread of a CPU (XLA runs two executions at a time on one CPU
-device if two threads ask). The program of a block is that of one device everywhere: one partitioned
-over devices differs in its last bits.
+A lane is a vmapped member (XLA's word). A worker is an accelerator, or a thread of a CPU: XLA runs
+two executions at a time on one CPU device if two threads ask for it. The program of a block is
+always that of a single device, because one partitioned over devices differs in its last bits.
 """
 
 import contextlib
@@ -31,21 +30,30 @@ from gradjax.experiment.training import Problem, Record, State
 
 PyTree = Any
 BATCH = "batch"
-# Multiply-adds of one layer's product that keep a CPU core busy; below it lanes share the cost of
-# starting it.
+# Multiply-adds in one layer's product that keep a CPU core busy. Smaller products are batched over
+# lanes, which divides the cost of starting them.
 CPU_WORK = 8_000_000
 MAX_CPU_LANES = 32
-MEMORY_SHARE = 0.8  # of what is free
+# Fraction of the free memory that a program may take.
+MEMORY_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the members of one program are laid out."""
+    """How the members of one program are laid out.
+
+    Attributes:
+      members: settings times seeds.
+      lanes: members in one vmap.
+      workers: blocks at a time.
+      memory: bytes of all workers together, predicted by XLA's analysis of the program.
+      notes: what the user should know about the layout.
+    """
 
     members: int
-    lanes: int  # members in one vmap
-    workers: int  # blocks at a time
-    memory: int  # bytes predicted by the compiled program's own analysis, all workers together
+    lanes: int
+    workers: int
+    memory: int
     notes: tuple[str, ...] = ()
 
     @property
@@ -54,39 +62,39 @@ class Plan:
         return math.ceil(self.members / self.lanes)
 
     def __str__(self) -> str:
-        text = f"{self.members} members in {self.blocks} blocks of {self.lanes} lanes, {self.workers} at a time"
-        return "; ".join([f"{text}, {self.memory / 2**20:,.0f} MiB predicted", *self.notes])
+        text = (
+            f"{self.members} members in {self.blocks} blocks of {self.lanes} lanes, "
+            f"{self.workers} at a time, {self.memory / 2**20:,.0f} MiB predicted"
+        )
+        return "; ".join([text, *self.notes])
 
 
 def rule_for_workers(experiment: Experiment) -> int:
-    """Blocks at a time: one per accelerator, per core of a CPU, and one alone where the batch is
-    spread.
-    """
+    """Blocks at a time: one per accelerator or CPU core; one in all if the batch is distributed."""
     if experiment.train.shard == BATCH:
         return 1
-    if jax.default_backend() == "cpu":
-        return max(
-            jax.local_device_count(),
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        )
-    return jax.local_device_count()
+    devices = jax.local_device_count()
+    if jax.default_backend() != "cpu":
+        return devices
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(devices, cores)
 
 
 def rule_for_lanes(experiment: Experiment, members: int) -> int:
-    """Members in one vmap: a worker's share of all on an accelerator, on a CPU what makes an
-    operation worth starting.
+    """Members in one vmap.
 
-    Measured on two cores (seeds x steps per second over PyTorch's): 784-256-10 is fastest at 1 lane, 20 x 128 at 4.
+    On an accelerator they are divided evenly among the workers. On a CPU there are as many as make
+    an operation worth starting: measured on two cores (seeds x steps per second over PyTorch's),
+    784-256-10 is fastest with 1 lane, 20 layers of 128 with 4.
     """
-    fraction = math.ceil(members / (rule_for_workers(experiment) * jax.process_count()))
+    per_worker = math.ceil(members / (rule_for_workers(experiment) * jax.process_count()))
     if jax.default_backend() != "cpu":
-        return fraction
-    if (
-        experiment.model.name in CONVOLUTIONAL
-    ):  # a seed costs 1.5 times as much among four (LeNet-5)
+        return per_worker
+    if experiment.model.name in CONVOLUTIONAL:
+        # In a vmap of four, LeNet-5 costs 1.5 times as much per seed.
         return 1
     work = experiment.task.batch_size * experiment.model.width**2
-    return max(1, min(fraction, MAX_CPU_LANES, CPU_WORK // work))
+    return max(1, min(per_worker, MAX_CPU_LANES, CPU_WORK // work))
 
 
 def free_memory() -> int:
@@ -102,31 +110,38 @@ def free_memory() -> int:
 
 
 class Program(NamedTuple):
-    """The compiled functions of one static setting on one device, for arrays with a leading axis of
-    lanes.
+    """The compiled functions of one static setting on one device, over a leading axis of lanes.
+
+    Attributes:
+      start: (keys, hparams, data) -> State.
+      chunk: (State, hparams, data) -> (State, Record).
+      tail: the last chunk, which may be shorter.
+      test: (State, hparams, data) -> Scores.
+      like: shapes of a block's state and of the record of one chunk.
+      place: puts a tree of host arrays on the device.
+      data: the splits, on the device.
+      memory: bytes predicted for one block.
     """
 
-    start: Callable  # (keys, hparams, data) -> State
-    chunk: Callable  # (State, hparams, data) -> (State, Record)
-    tail: Callable  # the last chunk, which may be shorter
-    test: Callable  # (State, hparams, data) -> Scores
-    like: tuple[State, Record]  # shapes of a block's state and of the record of one chunk
-    place: Callable  # a tree of host arrays -> on the device
-    data: Splits  # on the device
+    start: Callable
+    chunk: Callable
+    tail: Callable
+    test: Callable
+    like: tuple[State, Record]
+    place: Callable
+    data: Splits
     memory: int
 
 
 class Compiler:
-    """Compiles side by side (XLA does it without Python's lock); functions equal in every letter
-    only once.
-    """
+    """Compiles in parallel (XLA releases Python's lock), and equal functions only once."""
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="gradjax-compiler")
         self.lock, self.found = threading.Lock(), {}
 
-    def __call__(self, lowered: Any, device: Any) -> Future:
-        """The executable of a traced function for a device."""
+    def __call__(self, lowered: jax.stages.Lowered, device: Any) -> Future:
+        """The executable of a traced function on a device."""
         text = hashlib.sha256(lowered.as_text().encode()).digest()
         key = device, lowered.in_tree, lowered.out_tree, text
         with self.lock:
@@ -135,10 +150,8 @@ class Compiler:
             return self.found[key]
 
 
-def _alone(f: Callable) -> Callable:
-    """`f` for one lane: what vmap gives, without an axis of 1 that keeps XLA from its best products
-    of matrices.
-    """
+def _one_lane(f: Callable) -> Callable:
+    """What vmap gives for one lane; without its axis of 1 XLA multiplies matrices faster."""
 
     def run(member: PyTree, hparams: PyTree, data: Splits) -> PyTree:
         member, hparams = jax.tree.map(lambda x: x[0], (member, hparams))
@@ -148,68 +161,80 @@ def _alone(f: Callable) -> Callable:
 
 
 def _program(
-    problem: Problem, names: list[str], data: Splits, lanes: int, device: Any, compiler: Compiler
+    problem: Problem,
+    names: list[str],
+    data: Splits,
+    lanes: int,
+    device: Any,
+    compiler: Compiler,
 ) -> Program:
     """Trace and compile a program for blocks of `lanes` members."""
     train, where = problem.experiment.train, SingleDeviceSharding(device)
     if train.shard == BATCH:
         mesh = Mesh(np.array(jax.devices()), (BATCH,))
         where = NamedSharding(mesh, PartitionSpec())
-        problem = dataclasses.replace(
-            problem, batch_sharding=NamedSharding(mesh, PartitionSpec(BATCH))
-        )
+        spread = NamedSharding(mesh, PartitionSpec(BATCH))
+        problem = dataclasses.replace(problem, batch_sharding=spread)
 
-    def lowered(f: Callable, *args: PyTree, donate: tuple[int, ...] = ()) -> Any:
-        vmapped = jax.vmap(f, in_axes=(0, 0, None)) if lanes > 1 else _alone(f)
-        described = jax.tree.map(
+    def place(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.device_put(x, where), tree)
+
+    def lower(f: Callable, *args: PyTree, donate: tuple[int, ...] = ()) -> jax.stages.Lowered:
+        vmapped = jax.vmap(f, in_axes=(0, 0, None)) if lanes > 1 else _one_lane(f)
+        shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args
         )
-        return jax.jit(vmapped, donate_argnums=donate, out_shardings=where).lower(*described)
+        return jax.jit(vmapped, donate_argnums=donate, out_shardings=where).lower(*shapes)
 
-    def chunk(num_steps: int) -> Any:
-        run = lambda s, h, d: training.run_chunk(s, h, d, problem, num_steps)
-        return lowered(run, state, hparams, data, donate=(0,))
+    def lower_chunk(num_steps: int) -> jax.stages.Lowered:
+        def run(state, hparams, data):
+            return training.run_chunk(state, hparams, data, problem, num_steps)
 
-    place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, where), tree)
+        return lower(run, state, hparams, data, donate=(0,))
+
     data = place(data)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), lanes))
     hparams = {name: jax.ShapeDtypeStruct((lanes,), jnp.float32) for name in names}
-    start = lowered(lambda k, h, d: training.init(k, h, d, problem), keys, hparams, data)
+    start = lower(lambda k, h, d: training.init(k, h, d, problem), keys, hparams, data)
     state = start.out_info
     whole, last = min(train.eval_every, train.num_steps), train.num_steps % train.eval_every
-    run = chunk(whole)
-    tail = chunk(last) if last and whole < train.num_steps else None
-    test = lowered(lambda s, h, d: training.evaluate(s, h, d.test, problem), state, hparams, data)
-    record = run.out_info[1]
-    waiting = [compiler(f, device) for f in (start, run, tail or run, test)]
-    start, run, tail, test = (f.result() for f in waiting)
-    sizes = run.memory_analysis()
+    chunk = lower_chunk(whole)
+    tail = lower_chunk(last) if last and whole < train.num_steps else chunk
+    test = lower(lambda s, h, d: training.evaluate(s, h, d.test, problem), state, hparams, data)
+    shapes = (state, chunk.out_info[1])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+    waiting = [compiler(lowered, device) for lowered in (start, chunk, tail, test)]
+    start, chunk, tail, test = (future.result() for future in waiting)
+    sizes = chunk.memory_analysis()
     memory = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, record))
-    return Program(start, run, tail, test, like, place, data, memory - sizes.alias_size_in_bytes)
+    # Donated arguments are counted among the outputs as well.
+    memory -= sizes.alias_size_in_bytes
+    return Program(start, chunk, tail, test, like, place, data, memory)
 
 
 def fit(
     problem: Problem, names: list[str], data: Splits, members: int, compiler: Compiler
 ) -> tuple[list[Program], Plan]:
-    """A program per worker with the rule's lanes, halved until it fits into memory."""
-    train, notes, cpu = problem.experiment.train, (), jax.default_backend() == "cpu"
+    """A program per worker, with the lanes of `rule_for_lanes`, halved until it fits in memory."""
+    train, notes = problem.experiment.train, ()
     lanes = asked = min(train.lanes or rule_for_lanes(problem.experiment, members), members)
     while True:
         workers = min(rule_for_workers(problem.experiment), math.ceil(members / lanes))
         first = _program(problem, names, data, lanes, jax.local_devices()[0], compiler)
-        memory = first.memory * (workers if cpu else 1)  # a CPU's workers share one memory
-        if memory <= MEMORY_SHARE * free_memory() or lanes == 1:
+        memory = first.memory
+        if jax.default_backend() == "cpu":
+            # The workers of a CPU have one memory between them.
+            memory *= workers
+        if memory <= MEMORY_FRACTION * free_memory() or lanes == 1:
             break
         lanes //= 2
         notes = (f"lanes halved from {asked} to {lanes}: {memory / 2**20:,.0f} MiB would not fit",)
+
+    def compile_for(device: Any) -> Program:
+        return _program(problem, names, data, lanes, device, compiler)
+
     devices = jax.local_devices()[1:workers]
     with ThreadPoolExecutor(max(len(devices), 1)) as pool:
-        more = list(
-            pool.map(
-                lambda device: _program(problem, names, data, lanes, device, compiler), devices
-            )
-        )
-    programs = [first, *more]
+        programs = [first, *pool.map(compile_for, devices)]
     programs += [first] * (workers - len(programs))
     return programs, Plan(members, lanes, workers, first.memory * workers, notes)

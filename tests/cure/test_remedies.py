@@ -37,7 +37,7 @@ def outcome(name: str, experiment: Experiment) -> Experiment | str:
 @pytest.mark.parametrize("name", REMEDIES)
 def test_a_remedy_changes_some_network_and_is_refused_with_a_reason_by_the_others(name):
     remedy = REMEDIES[name]
-    assert remedy.what and remedy.cost and remedy.reference
+    assert remedy.description and remedy.cost and remedy.reference
     assert set(remedy.fits) <= set(CAUSAL)
     # some entries repair what the plain networks do not have wrong
     sick = {

@@ -45,19 +45,19 @@ def made_up(trained, scores, deviation=0.1, seconds=1.0):
     )
 
 
-def test_ranking_goes_by_share_then_score_then_stability_then_cost():
+def test_ranking_goes_by_fraction_then_score_then_stability_then_cost():
     yes, no = [True] * 4, [True, True, False, False]
     found = {
         "untreated": made_up([False] * 4, [0.1] * 4),
         "half": made_up(no, [0.99] * 4),
         "low": made_up(yes, [0.91] * 4),
-        "dear": made_up(yes, [0.95] * 4, 0.1, 2.0),
+        "expensive": made_up(yes, [0.95] * 4, 0.1, 2.0),
         "cheap": made_up(yes, [0.95] * 4, 0.1, 1.0),
         "shaky": made_up(yes, [0.95] * 4, 0.5, 0.1),
     }
-    assert [row["remedy"] for row in search.ranked(found)] == [
+    assert [row["remedy"] for row in search.rank(found)] == [
         "cheap",
-        "dear",
+        "expensive",
         "shaky",
         "low",
         "half",
@@ -66,7 +66,7 @@ def test_ranking_goes_by_share_then_score_then_stability_then_cost():
 
 
 def test_rows_have_wilsons_and_students_intervals():
-    row = search.ranked({"a": made_up([True] * 8, np.linspace(0.9, 1.0, 8))})[0]
+    row = search.rank({"a": made_up([True] * 8, np.linspace(0.9, 1.0, 8))})[0]
     assert row["fraction_interval"] == pytest.approx(
         [0.6756, 1.0], abs=1e-4
     )  # Wilson 1927 for 8 of 8
@@ -114,13 +114,15 @@ def test_pairs_are_of_remedies_that_do_not_undo_each_other():
     names = ("relu", "elu", "residual", "rezero", "clip", "l1")
     tried = {"untreated": experiment(model__activation="tanh")}
     tried |= {name: remedies.apply(name, tried["untreated"]) for name in names}
-    pairs = {(a, b) for a, b in itertools.combinations(names, 2) if search._add_up(a, b, tried)}
+    pairs = {
+        (a, b) for a, b in itertools.combinations(names, 2) if search.are_complementary(a, b, tried)
+    }
     assert ("relu", "elu") not in pairs and ("residual", "rezero") not in pairs
     assert {("relu", "residual"), ("elu", "rezero"), ("clip", "l1"), ("residual", "clip")} <= pairs
 
 
 def test_what_trains_needs_no_cure_and_says_so():
-    rows = search.ranked(
+    rows = search.rank(
         {"untreated": made_up([True] * 8, [0.95] * 8), "relu": made_up([True] * 8, [0.94] * 8)}
     )
     healthy = Diagnosis((), xr.Dataset(), {}, {})
@@ -229,7 +231,7 @@ def test_a_vanishing_network_is_cured_and_says_so():
     )
     found = search.find_cure(sick, ["critical_init", "l1", "forget_bias"], pairs=False)
     assert found.verdict.headline.startswith(("vanishing", "dead", "rank"))
-    assert found.winner == "critical_init" and search.cured(found)
+    assert found.winner == "critical_init" and search.is_cured(found)
     assert "no model.forget_bias" in found.left_out["forget_bias"]
     assert found.after is not None and found.after.healthy
     assert set(found.results["remedy"].values) == {"untreated", "critical_init", "l1"}

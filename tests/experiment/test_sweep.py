@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from gradjax.experiment import config, program, sweep
+from gradjax.experiment import blocks, cluster, config, program, sweep
 from gradjax.experiment.schema import ConfigError
 from gradjax.report import files
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_config_is_refused_and_the_field_named():
         )
     )
     with pytest.raises(ConfigError, match=r"model\.depth: 9 and 2; lane width: 4 and 2"):
-        sweep._agree(other, mine, "folder")
+        blocks.check_identity(other, mine, "folder")
 
 
 @pytest.mark.slow
@@ -231,4 +231,4 @@ def test_half_a_cluster_is_refused(monkeypatch, environ):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="needed: host:port"):
-        sweep.join_cluster()
+        cluster.join_cluster()
