@@ -1,18 +1,20 @@
-"""The coordinate check of an MLP: which parametrisation keeps its activations and their changes
-when it grows?
+r"""The coordinate check of an MLP: which parametrisation keeps its scales when the network grows?
 
-    python scripts/coordinate_check.py standard.png --parametrization standard      # fails: explodes with width
-    python scripts/coordinate_check.py mup.png --parametrization mup                # passes
-    python scripts/coordinate_check.py deep.png --parametrization mup --residual scaled --widths 128 --depths 2 4 8 16
+    # fails: it explodes with width
+    python scripts/coordinate_check.py standard.png --parametrization standard
+    # passes
+    python scripts/coordinate_check.py mup.png --parametrization mup
+    python scripts/coordinate_check.py deep.png --parametrization mup --residual scaled \
+      --widths 128 --depths 2 4 8 16
 
 `make_model` below is what a check of your own model needs: copy it and put in your model, loss and
 optimiser. Three parametrisations (Yang & Hu 2021, arXiv 2011.14522; Yang et al. 2022, arXiv
 2203.03466), n = width, with learning rates relative to those of `--base-width`:
 
-                 weights: read-in  hidden   read-out     learning rates: SGD                 Adam
-    standard              N(0, 1 / fan_in) everywhere    1        1       1          1        1        1
-    ntk                   N(0, 1) / sqrt(fan_in)         1        1       1          1        1        1
-    mup                   1/sqrt(d) 1/sqrt(n) 1/n        n        1       1/n        1        1/n      1/n
+            weights: read-in  hidden   read-out     learning rates: SGD                 Adam
+    standard         N(0, 1 / fan_in) everywhere    1        1       1          1        1        1
+    ntk              N(0, 1) / sqrt(fan_in)         1        1       1          1        1        1
+    mup              1/sqrt(d) 1/sqrt(n) 1/n        n        1       1/n        1        1/n     1/n
 
 Residual blocks h + m W tanh(h) have m = 1, or with `--residual scaled` m = 1 / sqrt(depth) and
 Adam's hidden learning rate times the same (Yang et al. 2023, arXiv 2310.02244; Bordelon et al.
@@ -138,9 +140,7 @@ def learning_rates(check: Check, width: int, depth: int) -> dict[str, float]:
 
 
 def make_model(check: Check, width: int, depth: int, key: jax.Array):
-    """(loss_fn, params, tx) of one size; `coordinate_check` calls it with the last three
-    arguments.
-    """
+    """(loss_fn, params, tx) of one size; `coordinate_check` passes the last three arguments."""
     model = MLP(width, depth, check.parametrization, check.residual)
     params = model.init(key, jnp.zeros((1, INPUTS)))
 
@@ -152,9 +152,14 @@ def make_model(check: Check, width: int, depth: int, key: jax.Array):
     factors = learning_rates(check, width, depth)
     optimizer = {"sgd": optax.sgd, "adam": optax.adam}[check.optimizer]
     rates = {name: optimizer(check.learning_rate * factor) for name, factor in factors.items()}
-    kinds = lambda tree: {
-        "params": {k: jax.tree.map(lambda _, k=k: _kind(k), v) for k, v in tree["params"].items()}
-    }
+
+    def kinds(tree):
+        return {
+            "params": {
+                k: jax.tree.map(lambda _, k=k: _kind(k), v) for k, v in tree["params"].items()
+            }
+        }
+
     return loss_fn, params, optax.multi_transform(rates, kinds)
 
 

@@ -1,5 +1,4 @@
-"""A training that diverges at a known step and layer, and what `gradjax.Monitor` has to say about
-it.
+"""A training that diverges at a known step and layer, and what `gradjax.Monitor` says about it.
 
     python scripts/diverging.py runs/diverging
 
@@ -20,7 +19,12 @@ key = jax.random.key(0)
 params = {
     f"layer{i}": jax.random.normal(jax.random.fold_in(key, i), (32, 32)) / 4 for i in range(6)
 }
-growing = lambda step: 0.02 * 1.25 ** jnp.maximum(step - 59.0, 0.0)
+
+
+def growing(step):
+    return 0.02 * 1.25 ** jnp.maximum(step - 59.0, 0.0)
+
+
 rates = {"healthy": optax.sgd(0.02), "faulty": optax.sgd(growing)}
 tx = gradjax.watch(
     optax.multi_transform(rates, {k: "faulty" if k == "layer3" else "healthy" for k in params})

@@ -37,8 +37,9 @@ def loss(params, data):
 
 
 def train(tx, accident, num_steps=NUM_STEPS):
-    """Per step: the loss, and the norm of the first layer's update; `accident(grads, step)` spoils
-    a gradient.
+    """Per step the loss and the norm of the first layer's update.
+
+    `accident(grads, step)` spoils a gradient.
     """
     params, teacher = init(jax.random.key(0)), init(jax.random.key(1))
 
@@ -96,7 +97,10 @@ def clipping(path):
     axes[0].title.set_fontsize(10)
     axes[0].set_ylim(1e-46, 1e8)
     axes[0].legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.42, 0.12))
-    sgd = lambda: optax.sgd(0.1, momentum=0.9)
+
+    def sgd():
+        return optax.sgd(0.1, momentum=0.9)
+
     rules = {
         "clip_by_global_norm": gt.clip_by_global_norm(1.0),
         "clip_by_layer_norm": gt.clip_by_layer_norm(1.0),
@@ -109,7 +113,9 @@ def clipping(path):
 
 
 def guards(path):
-    adam = lambda: optax.adam(3e-3)
+    def adam():
+        return optax.adam(3e-3)
+
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4))
     wrap = {"skip_non_finite": gt.skip_non_finite, "freeze_diverged": gt.freeze_diverged}
     runs = [("Adam", train(adam(), spoil(jnp.nan))[0])]
@@ -149,7 +155,9 @@ def schedules(path):
 
 
 def projections(path):
-    bound = lambda rule: train_norms(optax.chain(optax.sgd(0.3), rule) if rule else optax.sgd(0.3))
+    def bound(rule):
+        return train_norms(optax.chain(optax.sgd(0.3), rule) if rule else optax.sgd(0.3))
+
     figure, axis = plt.subplots(figsize=(5.5, 3.2))
     for name, rule in {
         "none": None,

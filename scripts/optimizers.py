@@ -7,8 +7,8 @@ The network is that of a config (default: 20 ReLU layers at 1.41 times He's scal
 grows by a factor of 700 on its way back). Every optimiser is trained at learning rates of its own,
 with clip_by_global_norm at `--max-norm` and without, over the same seeds and batches, and judged at
 the rate that is best by validation (an interval is that of one rate, not of the best of five); a
-rate printed with `*` is at the end of its grid. Without clipping is a threshold that no norm
-reaches, so that both share a compiled program: one per optimiser.
+rate printed with `*` is at the end of its grid. "Without" means a threshold that no norm reaches,
+so that both share a compiled program: one per optimiser.
 
 L-BFGS measures secant pairs of one loss, so it takes the whole training split at every step and a
 tenth of the steps (each is 20 batches, times up to 20 evaluations of its line search); its
@@ -18,18 +18,16 @@ direction is clipped, not its gradient. Coordinate descent moves one layer at a 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # before numpy: more threads stall on small matrices
+# Before NumPy is imported: more threads stall on small matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import articles
 import numpy as np
+import reporting
 import xarray as xr
 
 import gradjax
@@ -54,9 +52,16 @@ RATES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "coordinate": ((1e-5, 1e-4, 1e-3, 1e-2, 0.1), (0.03, 0.1, 0.3, 1.0, 3.0)),
 }
 TITLES = {
-    "sgd": "SGD", "momentum": "momentum", "rmsprop": "RMSprop", "adagrad": "AdaGrad", "adadelta": "AdaDelta",
-    "adam": "Adam", "nadam": "Nadam", "lbfgs": "L-BFGS", "coordinate": "coordinate descent",
-}  # fmt: skip
+    "sgd": "SGD",
+    "momentum": "momentum",
+    "rmsprop": "RMSprop",
+    "adagrad": "AdaGrad",
+    "adadelta": "AdaDelta",
+    "adam": "Adam",
+    "nadam": "Nadam",
+    "lbfgs": "L-BFGS",
+    "coordinate": "coordinate descent",
+}
 
 
 class Result(NamedTuple):
@@ -69,14 +74,14 @@ class Result(NamedTuple):
     ds: xr.Dataset  # as `gradjax.compare` returns it
 
     @property
-    def fraction(self) -> articles.Row:
+    def fraction(self) -> reporting.Row:
         """Of the seeds that reach the target."""
-        return articles.fraction(self.label, self.ds["trained"].values)
+        return reporting.fraction(self.label, self.ds["trained"].values)
 
     @property
-    def test(self) -> articles.Row:
+    def test(self) -> reporting.Row:
         """Mean test accuracy after the last step."""
-        return articles.mean(self.label, self.ds["test_score"].values)
+        return reporting.mean(self.label, self.ds["test_score"].values)
 
     @property
     def label(self) -> str:
@@ -115,19 +120,20 @@ def experiments(
 
 
 def at_best(found: Mapping[tuple[str, str, float], xr.Dataset]) -> list[Result]:
-    """One result per optimiser and kind: at the rate of the best share, then of the best validation
-    score.
+    """One result per optimiser and kind, best first.
+
+    At the rate with the largest fraction of trained seeds, then the best validation score.
     """
     groups: dict[tuple[str, str], dict[float, xr.Dataset]] = {}
     for (name, kind, rate), ds in found.items():
         groups.setdefault((name, kind), {})[rate] = ds
     chosen = []
     for (name, kind), runs in groups.items():
-        score = lambda rate, runs=runs: (
-            float(runs[rate]["trained"].mean()),
-            float(runs[rate]["final_score"].mean()),
-        )
-        rate = max(runs, key=score)
+        scores = {
+            rate: (float(ds["trained"].mean()), float(ds["final_score"].mean()))
+            for rate, ds in runs.items()
+        }
+        rate = max(scores, key=lambda rate: scores[rate])
         chosen.append(Result(name, kind, rate, rate in (min(runs), max(runs)), runs[rate]))
     return sorted(chosen, key=lambda r: (-r.fraction.value, -r.test.value))
 
@@ -138,33 +144,29 @@ def print_table(found: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = "Optimisers at their best rates, best first"
     table = Table(
-        title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False
+        title="Optimisers at their best rates, best first",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        padding=(0, 1),
+        pad_edge=False,
     )
-    for heading in (
-        "optimiser",
-        "clipping",
-        "rate",
-        "trained",
-        "95% interval",
-        "test accuracy",
-        "steps",
-        "lost",
-    ):
-        table.add_column(
-            heading,
-            justify="left" if heading in ("optimiser", "clipping") else "right",
-            no_wrap=True,
-        )
+    for heading in ("optimiser", "clipping"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("rate", "trained", "95% interval", "test accuracy", "steps", "lost"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for r in found:
         fraction, test, at = r.fraction, r.test, r.ds["trained_at"].values
-        steps = f"{np.median(at[at >= 0]):.0f}" if (at >= 0).any() else "-"
         table.add_row(
-            TITLES[r.name], "yes" if r.kind != "without" else "no", f"{r.rate:g}" + "*" * r.at_end,
-            f"{int(r.ds['trained'].sum())}/{r.ds.sizes['seed']}", f"{fraction.low:.0%} to {fraction.high:.0%}",
-            f"{test.value:.3f} ± {test.high - test.value:.3f}", steps, str(r.lost),
-        )  # fmt: skip
+            TITLES[r.name],
+            "no" if r.kind == "without" else "yes",
+            f"{r.rate:g}" + "*" * r.at_end,
+            f"{int(r.ds['trained'].sum())}/{r.ds.sizes['seed']}",
+            f"{fraction.low:.0%} to {fraction.high:.0%}",
+            f"{test.value:.3f} ± {test.high - test.value:.3f}",
+            f"{np.median(at[at >= 0]):.0f}" if (at >= 0).any() else "-",
+            str(r.lost),
+        )
     Console().print(table)
 
 
@@ -172,9 +174,7 @@ PAIR = {"without": "#d55e00", "with clipping": "#0072b2"}
 
 
 def figure(found: Sequence[Result], target: float, title: str) -> Any:
-    """Shares with Wilson's intervals on the left; learning curves, a panel per optimiser, on the
-    right.
-    """
+    """Fractions with Wilson's intervals on the left; a panel of learning curves per optimiser."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,7 +218,7 @@ def _fractions(ax: Any, found: Sequence[Result], names: Sequence[str], target: f
             ax.text(1.04, y, f"{r.test.value:.2f}", color=colour, va="center", fontsize=8.5)
     ax.set_yticks(range(len(names)), [TITLES[name] for name in names][::-1])
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(names) - 0.4), title=f"Seeds that reach {target:g}")
-    ax.set_xlabel("share, 95% interval; test accuracy beside it")
+    ax.set_xlabel("fraction, 95% interval; right: test accuracy")
     ax.grid(axis="y", visible=False)
     for place in range(1, len(names)):
         ax.axhline(place - 0.5, color="#e6e6e6", lw=0.8)
@@ -227,23 +227,31 @@ def _fractions(ax: Any, found: Sequence[Result], names: Sequence[str], target: f
 def _curves(ax: Any, pair: Sequence[Result], target: float) -> None:
     """Median validation accuracy, and the band of all seeds."""
     for r in pair:
-        values, steps = (
-            r.ds["validation_score"].transpose("seed", ...).values,
-            r.ds["evaluation"].values,
-        )
-        ax.fill_between(steps, values.min(0), values.max(0), color=PAIR[r.kind], alpha=0.18, lw=0)
-        ax.plot(
-            steps, np.median(values, 0), color=PAIR[r.kind], lw=1.6, label=f"{r.kind}, {r.rate:g}"
-        )
+        values = r.ds["validation_score"].transpose("seed", ...).values
+        steps, colour = r.ds["evaluation"].values, PAIR[r.kind]
+        ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
+        label = f"{r.kind}, {r.rate:g}"
+        ax.plot(steps, np.median(values, 0), color=colour, lw=1.6, label=label)
     ax.axhline(target, color="#767676", lw=0.8, ls="--")
     ax.set_ylim(0, 1)
     ax.legend(fontsize=7.5, loc="upper left")
 
 
+def record(result: Result) -> dict[str, Any]:
+    """A result for the JSON."""
+    return {
+        "optimizer": result.name,
+        "clipping": result.kind != "without",
+        "rate": result.rate,
+        "rate_at_end_of_grid": result.at_end,
+        "trained": result.fraction._asdict(),
+        "test": result.test._asdict(),
+        "lost": result.lost,
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reporting.parser(__doc__)
     parser.add_argument(
         "config", nargs="?", default="configs/clip_threshold.toml", help="TOML file of the network"
     )
@@ -253,30 +261,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=8, help="default 8")
     parser.add_argument("--steps", type=int, default=300, help="training steps; default 300")
     parser.add_argument(
-        "--target",
-        type=float,
-        default=0.6,
-        help="validation accuracy of a trained seed; default 0.6",
+        "--target", type=float, default=0.6, help="validation accuracy to reach; default 0.6"
     )
     parser.add_argument(
         "--max-norm", type=float, default=1.0, help="threshold of the clipping; default 1"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object in place of the table"
-    )
-    parser.add_argument("--output", default="runs", help="folder of the run folder; default: runs")
     args = parser.parse_args(arguments)
     for name in args.names:
         if name not in RATES:
             parser.error(f"unknown optimiser {name!r}; allowed: {', '.join(RATES)}")
     try:
-        base = config.load(args.config)
         values = {
             "train.num_seeds": args.seeds,
             "train.num_steps": args.steps,
             "train.target": args.target,
+            "train.eval_every": max(args.steps // 15, 1),
         }
-        base = config.replace(base, values | {"train.eval_every": max(args.steps // 15, 1)})
+        base = config.replace(config.load(args.config), values)
         wanted = experiments(base, args.names or list(RATES), args.max_norm)
         for experiment in wanted.values():
             config.check(experiment)
@@ -284,44 +285,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     began = time.perf_counter()
-    with articles.progress_bar() as tell:
-        found = gradjax.compare({str(key): e for key, e in wanted.items()}, progress=tell.event)
+    with reporting.progress_bar() as report:
+        found = gradjax.compare({str(key): e for key, e in wanted.items()}, progress=report.event)
     best = at_best({key: found[str(key)] for key in wanted})
-    folder = files.run_folder(args.output, "optimizers")
     m = base.model
-    title = f"{m.depth} x {m.width} {m.activation}, sigma_w = {m.sigma_w:g}: optimisers at their best learning rates"
-    fig = figure(best, args.target, title)
-    for kind in ("png", "svg"):
-        fig.savefig(folder / f"optimizers.{kind}", dpi=130)
+    network = f"{m.depth} x {m.width} {m.activation}, sigma_w = {m.sigma_w:g}"
+    drawn = figure(best, args.target, f"{network}: optimisers at their best learning rates")
     summary = {
-        "results": [
-            {
-                "optimizer": r.name,
-                "clipping": r.kind != "without",
-                "rate": r.rate,
-                "rate_at_end_of_grid": r.at_end,
-                "trained": r.fraction._asdict(),
-                "test": r.test._asdict(),
-                "lost": r.lost,
-            }
-            for r in best
-        ],
+        "results": [record(r) for r in best],
         "programs": len({ds.attrs["program"] for ds in found.values()}),
         "trainings": sum(ds.sizes["seed"] for ds in found.values()),
-        "seconds": round(time.perf_counter() - began, 1),
-        "folder": str(folder),
-        "versions": files.provenance(),
     }
-    files.write_text(folder / "optimizers.json", files.dumps(summary) + "\n")
+    folder = files.run_folder(args.output, "optimizers")
+    summary = reporting.save(folder, "optimizers", summary, began, drawn)
     files.write_text(folder / "config.toml", config.to_toml(base))
     if args.json:
         print(files.dumps(summary))
-    else:
-        print_table(best)
-        print(
-            f"{summary['trainings']} trainings in {summary['programs']} compiled programs, {summary['seconds']:.0f} s; "
-            f"* best rate at the end of its grid; figure and numbers in {folder}"
-        )
+        return 0
+    print_table(best)
+    print(
+        f"{summary['trainings']} trainings in {summary['programs']} compiled programs, "
+        f"{summary['seconds']:.0f} s; * best rate at the end of its grid; "
+        f"figure and numbers in {folder}"
+    )
     return 0
 
 

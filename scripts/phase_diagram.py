@@ -37,14 +37,13 @@ def main() -> None:
 
     jax.config.update("jax_enable_x64", True)
     sigma_w, sigma_b = (np.linspace(*ends, args.points) for ends in (args.sigma_w, args.sigma_b))
-    start = time.perf_counter()
+    began = time.perf_counter()
     diagram = jax.block_until_ready(
         meanfield.phase_diagram(sigma_w[:, None], sigma_b[None, :], args.activation)
     )
     critical = meanfield.critical_sigma_w(sigma_b, args.activation)
-    print(
-        f"{args.points} x {args.points} points in {time.perf_counter() - start:.1f} s, compilation included"
-    )
+    seconds = time.perf_counter() - began
+    print(f"{args.points} x {args.points} points in {seconds:.1f} s, compilation included")
 
     panels = [  # name, values, colour map, limits
         ("length $q^*$", diagram.q_star, "viridis", (None, None)),

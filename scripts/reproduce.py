@@ -13,13 +13,10 @@ used.
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # before numpy: more threads stall on small matrices
+# Before NumPy is imported: more threads stall on small matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import argparse
 import dataclasses
-import difflib
 import json
 import multiprocessing
 import sys
@@ -30,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import reporting
 from papers import common
 
 from gradjax.report import files
@@ -43,11 +41,13 @@ def reproduce(
     Args:
         name: of a module of `papers`.
         folder: where to write.
-        seed: in place of the config's; small: its sizes for tests; dpi: of the picture.
+        seed: in place of the config's.
+        small: whether to use the figure's sizes for tests.
+        dpi: of the picture.
 
     Returns:
-        {name, title, seconds, cpu_seconds, claims: [...], error}; `error` is the traceback of what
-        was raised, or "".
+        {name, title, seconds, cpu_seconds, claims: [...], error}; `error` is the traceback of an
+        exception, or "".
     """
     wall, cpu = time.perf_counter(), time.process_time()
     row: dict[str, Any] = {"name": name, "title": "", "claims": [], "error": ""}
@@ -71,10 +71,9 @@ def reproduce(
 
 
 def ok(row: dict[str, Any]) -> bool:
-    """Whether a figure ran and every claim of it passed; a figure without claims shows nothing."""
-    return (
-        not row["error"] and bool(row["claims"]) and all(claim["passed"] for claim in row["claims"])
-    )
+    """Whether a figure ran and all its claims passed; a figure without claims proves nothing."""
+    claims = row["claims"]
+    return not row["error"] and bool(claims) and all(claim["passed"] for claim in claims)
 
 
 def run_all(names: Sequence[str], folder: Path, jobs: int, **options: Any) -> list[dict[str, Any]]:
@@ -106,9 +105,7 @@ def run_all(names: Sequence[str], folder: Path, jobs: int, **options: Any) -> li
     return [rows[name] for name in names]
 
 
-def report(
-    rows: Sequence[dict[str, Any]], seed: int | None, folder: Path, seconds: float
-) -> dict[str, Any]:
+def summarize(rows: Sequence[dict[str, Any]], seed: int | None) -> dict[str, Any]:
     """The whole run as one dictionary, for `claims.json` and `--json`."""
     claims = [claim for row in rows for claim in row["claims"]]
     return {
@@ -118,9 +115,6 @@ def report(
         "claims_passed": sum(claim["passed"] for claim in claims),
         "passed": all(map(ok, rows)),
         "seed": seed,
-        "seconds": round(seconds, 1),
-        "folder": str(folder),
-        "versions": files.provenance(),
         "results": list(rows),
     }
 
@@ -130,7 +124,7 @@ def number(x: float) -> str:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """A table of claims for each figure, and at the end what was raised."""
+    """A table of claims for each figure, and at the end the exceptions."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -163,13 +157,11 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def choose(names: Sequence[str], tier: int | None) -> list[str]:
-    """The figures asked for by name and tier: all of the folder where nothing is."""
+    """The figures asked for by name and tier; by default all of the folder."""
     known = common.names()
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown figure {name!r}{hint} The figures are {', '.join(known)}.")
+            raise ValueError(reporting.unknown("figure", name, known))
     chosen = list(dict.fromkeys(names)) or known
     return [name for name in chosen if tier is None or common.tier(common.module(name)) == tier]
 
@@ -179,26 +171,18 @@ def cores() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="figures; all of them where none is named"
-    )
+    parser = reporting.parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="figures; default: all")
     parser.add_argument("--list", action="store_true", help="list the figures and stop")
     parser.add_argument("--tier", type=int, choices=(1, 2), help="only figures of this tier")
     parser.add_argument("--seed", type=int, help="in place of the seed 0 of every figure")
     parser.add_argument(
-        "--small", action="store_true", help="the sizes of the tests: seconds, weaker claims"
+        "--small", action="store_true", help="the tests' sizes: seconds, weaker claims"
     )
     parser.add_argument(
         "--jobs", type=int, default=cores(), help="worker processes; default: one per core"
     )
     parser.add_argument("--dpi", type=int, default=120, help="of the pictures; default: 120")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object in place of the table"
-    )
-    parser.add_argument("--output", default="runs", help="folder of the run folder; default: runs")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; at least 1 worker is needed.")
@@ -211,20 +195,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:24} {common.title(common.module(name))}")
         return 0
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     folder = files.run_folder(args.output, "reproduce")
     rows = run_all(
         names, folder, min(args.jobs, len(names)), seed=args.seed, small=args.small, dpi=args.dpi
     )
-    summary = report(rows, args.seed, folder, time.perf_counter() - start)
-    files.write_text(folder / "claims.json", files.dumps(summary) + "\n")
+    summary = reporting.save(folder, "claims", summarize(rows, args.seed), began)
     if args.json:
         print(files.dumps(summary))
     else:
         print_table(rows)
         print(
-            f"{summary['figures_passed']} of {summary['figures']} figures and {summary['claims_passed']} of "
-            f"{summary['claims']} claims pass, {summary['seconds']:.0f} s; figures and datasets are in {folder}"
+            f"{summary['figures_passed']} of {summary['figures']} figures and "
+            f"{summary['claims_passed']} of {summary['claims']} claims pass, "
+            f"{summary['seconds']:.0f} s; figures and datasets are in {folder}"
         )
     return 0 if summary["passed"] else 1
 

@@ -1,11 +1,13 @@
-"""Run a sweep on a Slurm cluster, several processes side by side, requeued when it is preempted.
+r"""Run a sweep on a Slurm cluster, several processes side by side, requeued when it is preempted.
 
-    python scripts/sweep_slurm.py configs/clip_threshold.toml --processes 8 --gpus 1 --minutes 240 --partition gpu
-    python scripts/sweep_slurm.py configs/clip_threshold.toml --processes 2 --local       # on this machine
+    python scripts/sweep_slurm.py configs/clip_threshold.toml --processes 8 --gpus 1 \
+      --minutes 240 --partition gpu
+    # on this machine
+    python scripts/sweep_slurm.py configs/clip_threshold.toml --processes 2 --local
 
-Every process runs `gradjax sweep CONFIG --resume`: blocks that are finished are skipped, one that
-was interrupted goes on from its checkpoint, with the same bits. Copy it and change what your
-cluster wants (account, constraint, container).
+Every process runs `gradjax sweep CONFIG --resume`: finished blocks are skipped, and one that was
+interrupted continues from its checkpoint, with the same bits. Copy the script and change what your
+cluster needs (account, constraint, container).
 """
 
 import os
@@ -19,8 +21,9 @@ import tyro
 
 @dataclass(frozen=True)
 class Sweep:
-    """One process of the sweep; submitit pickles it, runs it, and asks `checkpoint` what to do
-    after a preemption.
+    """One process of the sweep.
+
+    submitit pickles it, runs it, and asks `checkpoint` what to do after a preemption.
     """
 
     args: tuple[str, ...]
@@ -67,7 +70,7 @@ class Job:
     cpus: int = 2
     """CPU cores per process."""
     minutes: int = 60
-    """Time limit; what is not done by then is requeued."""
+    """Time limit; an unfinished process is requeued then."""
     partition: str = ""
     """Slurm's partition; empty: its default."""
     logs: str = "runs/slurm"

@@ -1,5 +1,4 @@
-"""Balduzzi 2017: gradients of deep rectifier networks shatter into white noise, and skips prevent
-it.
+"""Balduzzi 2017: gradients of deep ReLU networks shatter into white noise; skips prevent it.
 
 The shattered gradients problem, arXiv 1702.08591, figures 1 to 3: the gradients g_i = d f(x_i) / d
 h of two examples lose their correlation with depth, halved by each layer of a BN-ReLU network, and
@@ -31,7 +30,18 @@ from matplotlib.figure import Figure
 
 import gradjax
 from gradjax.theory import meanfield
-from papers.common import COLOURS, GREY, MEASURED, THEORY, Claim, close, mean_error, panels, points
+from papers.common import (
+    COLOURS,
+    GREY,
+    MEASURED,
+    THEORY,
+    Claim,
+    close,
+    mean_error,
+    panels,
+    points,
+    without,
+)
 
 SOURCE = "formula 10, arXiv 1702.08591"
 KINDS = ("feedforward", "residual")
@@ -78,16 +88,20 @@ def gradients(
     return jnp.concatenate([found.cotangents["h"][::-1], found.grads[None]])
 
 
-def correlation(key: jax.Array, *, skip: float, depth: int, config: Config) -> jax.Array:
-    """(depth + 1,) mean over pairs and readouts of g_i . g_j over the mean of g_i . g_i, l layers
-    before the last.
+@functools.partial(jax.jit, static_argnames=("depth", "config"))
+def correlation(
+    key: jax.Array, skip: jax.Array, sigma_w: jax.Array, *, depth: int, config: Config
+) -> jax.Array:
+    """Mean of g_i . g_j over the mean of g_i . g_i, l layers before the last, (depth + 1,).
+
+    Means are over pairs and readouts.
     """
     (of_h, of_w, of_v), n = jax.random.split(key, 3), config.width
     h = jax.random.normal(of_h, (config.batch, n))
-    weights = config.sigma_w / n**0.5 * jax.random.normal(of_w, (depth, n, n))
+    weights = sigma_w / n**0.5 * jax.random.normal(of_w, (depth, n, n))
 
     def sums(readout):
-        g = gradients(h, weights, readout, jnp.float32(skip), config.activation)
+        g = gradients(h, weights, readout, skip, config.activation)
         return jnp.sum(g**2, axis=(1, 2)), jnp.sum(jnp.sum(g, axis=1) ** 2, axis=1)
 
     squares, total = (
@@ -118,16 +132,15 @@ def theory(kind: str, depth: int, batch: int) -> np.ndarray:
 
 
 def run(config: Config) -> xr.Dataset:
-    """Correlations per network and layer, and the gradients of three networks of one-dimensional
-    inputs.
-    """
+    """Correlations per network and layer, and gradients of three networks with scalar inputs."""
     key, lines = jax.random.split(jax.random.key(config.seed))
     ds = xr.Dataset()
     for skip, (kind, depth) in enumerate(zip(KINDS, config.depths, strict=True)):
-        one = jax.jit(functools.partial(correlation, skip=float(skip), depth=depth, config=config))
+        numbers = jnp.float32(skip), jnp.float32(config.sigma_w)
+        one = functools.partial(correlation, depth=depth, config=without(config, "sigma_w"))
         keys = jax.random.split(jax.random.fold_in(key, skip), config.networks)
         dims = ("network", f"{kind}_layer")
-        ds[kind] = dims, np.asarray([one(key) for key in keys], float)
+        ds[kind] = dims, np.asarray([one(key, *numbers) for key in keys], float)
         ds[f"{kind}_theory"] = dims[1], theory(kind, depth, config.batch)
     x = np.linspace(-2, 2, config.grid).astype(np.float32)
     for name, (depth, skip) in LINES.items():
@@ -136,11 +149,12 @@ def run(config: Config) -> xr.Dataset:
 
 
 def by_depth(ds: xr.Dataset, name: str) -> np.ndarray:
-    """(networks, depth + 1) or (depth + 1,): the correlation at the input of a network of each
-    depth.
+    """The correlation at the input of a network of each depth.
 
-    With skips the layer matters: those after the L-th multiply the correlations at states 0 and L alike, so that their
-    ratio is that of a network of depth L. Without, all layers are alike.
+    (networks, depth + 1) or (depth + 1,).
+
+    With skips the layer matters: those after the L-th multiply the correlations at states 0 and L
+    alike, so that their ratio is that of a network of depth L. Without, all layers are alike.
     """
     back = ds[name].values
     return back[..., -1:] / back[..., ::-1] if "residual" in name else back

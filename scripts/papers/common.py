@@ -4,13 +4,15 @@ A claim compares a number with an absolute prediction. It passes where every tol
 
     relative      |measured - expected| <= relative |expected|
     absolute      |measured - expected| <= absolute
-    error         the difference is no rarer than LEVEL, by Student's t with the degrees of freedom of the error
+    error         the difference is no rarer than LEVEL, by Student's t with the error's degrees of
+                  freedom
 
 Many numbers make one joint chi-squared test, not one test each. LEVEL = 1e-4 is a claim's chance to
 fail though it is true: with some 60 sampled claims over 13 seeds, one run of that size in thirteen
 has a false failure; the usual three standard errors (2.7e-3) would fail twice in every one.
 """
 
+import functools
 import importlib
 import math
 import pkgutil
@@ -31,17 +33,11 @@ LEVEL = 1e-4
 _RARER = f"p > 1e{round(math.log10(LEVEL))}"
 
 THEORY, MEASURED, LIMIT, GREY = "#c2410c", "#475569", "#1d4ed8", "#c9ced6"
-COLOURS = (
-    "#0f766e",
-    "#7e22ce",
-    "#1d4ed8",
-    "#a16207",
-    "#be185d",
-    "#475569",
-)  # of the lines of one panel
+# The lines of one panel.
+COLOURS = ("#0f766e", "#7e22ce", "#1d4ed8", "#a16207", "#be185d", "#475569")
 
 
-# ---- claims
+# Claims
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,8 @@ def close(
         error: standard error of `measured`; given, the difference is also judged by Student's t.
         dof: its degrees of freedom, n - 1 for the mean of n samples; inf where the error is known.
         relative, absolute: bounds on the difference.
-        asymptotic: `expected` holds for infinite width or is a rounded number in print, so that enough samples would
-            refute it: the error is reported and not judged.
+        asymptotic: `expected` holds for infinite width or is a rounded number in print, so that
+            enough samples would refute it: the error is reported and not judged.
     """
     measured, expected = float(measured), float(expected)
     off = abs(measured - expected)
@@ -92,7 +88,8 @@ def close(
         words.append(_RARER)
     if not bounds:
         raise ValueError(
-            f"close: no tolerance for {statement!r}; give relative or absolute, or an error to judge by."
+            f"close: no tolerance for {statement!r}; give relative or absolute, or an error to "
+            "judge by."
         )
     passed = all(off <= bound for bound in bounds)  # NaN passes nothing
     return Claim(statement, measured, float(error or 0), expected, ", ".join(words), source, passed)
@@ -101,13 +98,12 @@ def close(
 def joint(
     statement: str, measured: Any, expected: Any, error: Any, source: str, *, dof: float = math.inf
 ) -> Claim:
-    """Many independent numbers at once: chi-squared per number, which is 1 where all are as
-    expected.
+    """Many independent numbers at once: chi-squared per number, expected to be 1.
 
     Args:
         measured, expected, error: arrays that broadcast; `error` the standard error of each number.
         dof: degrees of freedom of each error; a t is first turned into the normal deviate that is
-          as rare.
+            as rare.
     """
     t = np.abs(
         (np.asarray(measured, float) - np.asarray(expected, float)) / np.asarray(error, float)
@@ -125,38 +121,24 @@ def apart(
 ) -> Claim:
     """`measured` is NOT `refuted`, what another theory says: the difference is rarer than LEVEL."""
     measured, refuted, error = float(measured), float(refuted), float(error)
-    passed = abs(measured - refuted) > scipy.stats.t.isf(LEVEL / 2, dof) * error
-    return Claim(
-        statement,
-        measured,
-        error,
-        refuted,
-        f"must differ, {_RARER}".replace(">", "<"),
-        source,
-        bool(passed),
-    )
+    passed = bool(abs(measured - refuted) > scipy.stats.t.isf(LEVEL / 2, dof) * error)
+    words = f"must differ, {_RARER}".replace(">", "<")
+    return Claim(statement, measured, error, refuted, words, source, passed)
 
 
 def between(
     statement: str, measured: Any, low: float, high: float, source: str, *, error: Any = 0.0
 ) -> Claim:
-    """`measured` lies in a published range; what is expected is its middle."""
-    measured = float(measured)
+    """`measured` lies in a published range, whose middle stands as the expected value."""
+    measured, passed = float(measured), bool(low <= float(measured) <= high)
     words = f"{low:g} to {high:g}"
-    return Claim(
-        statement,
-        measured,
-        float(error),
-        (low + high) / 2,
-        words,
-        source,
-        bool(low <= measured <= high),
-    )
+    return Claim(statement, measured, float(error), (low + high) / 2, words, source, passed)
 
 
 def mean_error(samples: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, its standard error) over the samples along `axis`; the degrees of freedom are their
-    number less one.
+    """(mean, its standard error) over the samples along `axis`.
+
+    The degrees of freedom are the number of samples less one.
     """
     samples = np.asarray(samples, float)
     return samples.mean(axis), samples.std(axis, ddof=1) / math.sqrt(samples.shape[axis])
@@ -176,6 +158,7 @@ def orthogonal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 WEIGHTS = {"gaussian": gaussian, "orthogonal": orthogonal}
 
 _density = jax.jit(random_matrix.product_density, static_argnames=("weights", "num"))
+_limit = jax.jit(random_matrix.limit_density, static_argnames=("universality", "num"))
 
 
 def density(
@@ -189,13 +172,25 @@ def density(
         )
 
 
-# ---- figures
+def limit(spread: float, universality: str) -> random_matrix.ProductDensity:
+    """`random_matrix.limit_density` in float64 and NumPy."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, _limit(np.float64(spread), universality=universality))
+
+
+@functools.cache
+def norm_moments(widths: tuple[int, ...]) -> random_matrix.NormMoments:
+    """`random_matrix.norm_moments` of a ReLU network in float64 and NumPy."""
+    with jax.enable_x64(True):
+        law = jax.jit(lambda keep: random_matrix.norm_moments(widths, keep))(0.5)
+        return jax.tree.map(np.asarray, law)
+
+
+# Figures
 
 
 def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.4), **options: Any):
-    """(figure, axes) of rows x columns panels, `size` inches each, without the frame's top and
-    right.
-    """
+    """(figure, axes) of rows x columns panels, `size` inches each, without top and right spines."""
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
@@ -210,7 +205,7 @@ def points(ax: Axes, x: Any, y: Any, error: Any = None, **options: Any) -> None:
     )
 
 
-# ---- the folder
+# The folder
 
 
 def names() -> list[str]:
@@ -234,6 +229,16 @@ def title(figure: ModuleType) -> str:
 def small(figure: ModuleType) -> Any:
     """The config for tests."""
     return figure.Config(**figure.SMALL)
+
+
+def without(config: Any, *names: str) -> Any:
+    """The config with its seed and the fields `names` at their defaults.
+
+    As a static argument it lets a figure and its controls, which differ in numbers that are passed
+    as arrays, run one compiled program.
+    """
+    default = type(config)()
+    return replace(config, **{name: getattr(default, name) for name in ("seed", *names)})
 
 
 def controls(figure: ModuleType) -> dict[str, Any]:

@@ -1,16 +1,15 @@
-"""De & Smith 2020 (SkipInit), Bachlechner 2020 (ReZero): what a residual stream carries, and a
-Jacobian that is 1.
+"""De & Smith 2020 (SkipInit), Bachlechner 2020 (ReZero): residual streams, and a Jacobian of 1.
 
 Batch normalization biases residual blocks towards the identity, arXiv 2002.10444, section 3 and
 figure 2; ReZero is all you need, arXiv 2003.04887, figure of the Jacobian's singular values. Blocks
 h' = h + alpha W_2 relu(N(W_1 h)), N BatchNorm or nothing, Var W = 2/fan_in but for W_1, which sees
-no ReLU (1/fan_in). Derived and verified, since the numbers at hand were from memory, exact in the
-mean over weights at every width:
+no ReLU (1/fan_in). Derived and verified here, exact in the mean over weights at every width:
 
-    BatchNorm, alpha = 1        E h_l^2 = 1 + l            W_2 adds 2 E relu(z)^2 = 1: branches count as 1 / (l + 1)
-    none, alpha = 1             E h_l^2 = 2^l              and as much for the mean squared singular value of J
-    none, alpha = 1/sqrt(L)     E h_l^2 = (1 + 1/L)^l      and again
-    alpha = 0                   h_l = h_0,  J = 1          to the last bit
+    BatchNorm, alpha = 1        E h_l^2 = 1 + l          W_2 adds 2 E relu(z)^2 = 1: branches count
+                                                         as 1 / (l + 1)
+    none, alpha = 1             E h_l^2 = 2^l            so is the mean squared singular value of J
+    none, alpha = 1/sqrt(L)     E h_l^2 = (1 + 1/L)^l    so is the mean squared singular value of J
+    alpha = 0                   h_l = h_0,  J = 1        to the last bit
 
 Spectra are drawn as in ReZero's figure. Not covered: training, convolutions.
 """
@@ -80,16 +79,18 @@ def lengths(
 
 
 def spectra(key: jax.Array, config: Config) -> np.ndarray:
-    """(kinds, networks, width) log singular values of the Jacobian, h' = h + alpha W_2 relu(W_1
-    h).
+    """Log singular values of the Jacobian of h' = h + alpha W_2 relu(W_1 h).
+
+    (kinds, networks, width).
     """
     of_w, of_h = jax.random.split(key)
     shape = (len(SPECTRA), config.spectra)
     alpha = np.array([alphas(config)[kind] for kind in SPECTRA], np.float32)
     draw = jax.vmap(lambda key: weights(key, config, config.spectrum_width))
-    lanes = lambda x: np.broadcast_to(x[:, None, None], (*shape, config.depth)).reshape(
-        -1, config.depth
-    )
+
+    def lanes(x):
+        return np.broadcast_to(x[:, None, None], (*shape, config.depth)).reshape(-1, config.depth)
+
     thetas = {
         "w": draw(jax.random.split(of_w, shape[0] * shape[1])),
         "alpha": lanes(alpha),
@@ -164,8 +165,8 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     )
     mean, error = mean_error(np.exp(2 * sigma[1]).mean(1))
     theory = expected(SPECTRA[1], depth)[-1]
-    claims.append(close("alpha = L^(-1/2): mean squared singular value of J", mean, theory, SOURCE, error=error,
-                        dof=sigma.shape[1] - 1))  # fmt: skip
+    statement, dof = "alpha = L^(-1/2): mean squared singular value of J", sigma.shape[1] - 1
+    claims.append(close(statement, mean, theory, SOURCE, error=error, dof=dof))
     return tuple(claims)
 
 

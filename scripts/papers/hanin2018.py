@@ -1,7 +1,9 @@
-"""Hanin & Nica 2018: gradients of ReLU networks are log-normal, with beta = 5 sum 1/n (arXiv
-1812.05994, 1801.03744).
+"""Hanin & Nica 2018: gradients of ReLU networks are lognormal, beta = 5 sum 1/n (arXiv 1812.05994).
 
-    log ||J u||^2 ~ N(-beta/2, beta),      beta = 5 sum_l 1/n_l,      one layer exactly: (2/n) chi^2_K, K ~ Bin(n, 1/2)
+See also arXiv 1801.03744.
+
+    log ||J u||^2 ~ N(-beta/2, beta),      beta = 5 sum_l 1/n_l
+    one layer exactly: (2/n) chi^2_K,      K ~ Bin(n, 1/2)
 
 for a unit vector u at the input of a ReLU network with He's weights: only the sum of reciprocal
 widths counts, not how the widths are arranged. Three profiles of the same sum (equal widths,
@@ -11,7 +13,7 @@ Verified: mean and variance of the logarithm against the exact chi-squared law
 (`random_matrix.norm_moments`, derived there), the Gaussian law's beta against it, and that the
 profiles' distributions coincide (Kolmogorov and Smirnov: the laws differ at second order in 1/n,
 too little for this many networks). Not covered: E ||J u||^4 = prod(1 + 5/n) itself, which sampling
-misses (heavy tails: it lives in networks too rare to be drawn); its logarithm is what is compared.
+misses (heavy tails: it lives in networks too rare to be drawn); its logarithm is compared.
 """
 
 import functools
@@ -27,7 +29,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from gradjax.theory import random_matrix as rm
-from papers.common import COLOURS, LEVEL, THEORY, Claim, close, panels, points
+from papers.common import COLOURS, LEVEL, THEORY, Claim, close, norm_moments, panels, points
 
 # sums of 1/n: 8/32 = 3/24 + 5/40 = 6/40 + 2/20 = 1/4, so that beta = 1.25
 PROFILES = {
@@ -47,7 +49,7 @@ class Config:
     widening: int = 1  # factor on the widths of the bottleneck profile
 
 
-SMALL = {"num_samples": 2000}
+SMALL = {"num_samples": 1000}
 CONTROLS = {
     "sigma_w 5% off": {"gain": 1.05},
     "linear": {"activation": "linear", "gain": 0.5**0.5},
@@ -64,14 +66,16 @@ def log_norms(keys, gain, *, widths: tuple[int, ...], activation: str):
     ends = np.cumsum([INPUTS, INPUTS, *(m * n for m, n in shapes)])
 
     def network(key):
-        x, u, *flat = jnp.split(
-            jax.random.normal(key, (ends[-1],)), ends[:-1]
-        )  # one draw compiles faster than many
+        # One draw compiles faster than many.
+        x, u, *flat = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
         weights = [
             gain * math.sqrt(2 / n) * w.reshape(m, n)
             for w, (m, n) in zip(flat, shapes, strict=True)
         ]
-        forward = lambda x: functools.reduce(lambda x, w: phi(w @ x), weights, x)
+
+        def forward(x):
+            return functools.reduce(lambda x, w: phi(w @ x), weights, x)
+
         _, image = jax.jvp(forward, (x,), (u / jnp.linalg.norm(u),))
         return jnp.log(jnp.mean(image**2)) + math.log(INPUTS)
 
@@ -91,8 +95,7 @@ def run(config: Config) -> xr.Dataset:
 
 
 def law(name: str) -> rm.NormMoments:
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, rm.norm_moments(PROFILES[name]))
+    return norm_moments(PROFILES[name])
 
 
 def alive(ds: xr.Dataset, name: str) -> np.ndarray:

@@ -25,8 +25,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 import gradjax
-from gradjax.theory import random_matrix as rm
-from papers.common import COLOURS, THEORY, Claim, close, mean_error, panels, points
+from papers.common import COLOURS, THEORY, Claim, close, mean_error, norm_moments, panels, points
 
 FILTERS = (64, 64, 128, 128, 256, 256, 512, 512, 512, 512)  # of conv1 .. conv10
 PUBLISHED = {64: 0.059, 128: 0.042, 256: 0.029, 512: 0.021}
@@ -50,9 +49,7 @@ CONTROLS = {"He's weights 5% off": {"gain": 1.05}, "std 0.0105": {"std": 0.0105}
 
 
 def std(filters: int) -> float:
-    """He's standard deviation of a 3 x 3 convolution into `filters` channels, by the backward
-    condition.
-    """
+    """He's std of a 3 x 3 convolution into `filters` channels, by the backward condition."""
     return math.sqrt(2 / (9 * filters))
 
 
@@ -74,17 +71,21 @@ def convolutions(x, target, kernels):
 
 @functools.partial(jax.jit, static_argnames=("depth", "width"))
 def plain(keys, sigma_w, *, depth: int, width: int):
-    """(samples, depth + 1): the same of fully connected ReLU networks with weights of variance
-    sigma_w^2 / N.
+    """The same for fully connected ReLU networks with weights of variance sigma_w^2 / N.
+
+    (samples, depth + 1).
     """
-    step = lambda h, key: jax.nn.relu(
-        sigma_w / math.sqrt(width) * jax.random.normal(key, (width, width)) @ h
-    )
+
+    def step(h, key):
+        return jax.nn.relu(sigma_w / math.sqrt(width) * jax.random.normal(key, (width, width)) @ h)
 
     def network(key):
         of_layers, of_x, of_target = jax.random.split(key, 3)
         x, target = (jax.random.normal(k, (width,)) for k in (of_x, of_target))
-        loss = lambda h: jnp.sum(h * target)
+
+        def loss(h):
+            return jnp.sum(h * target)
+
         return gradjax.signals(
             step, x, jax.random.split(of_layers, depth), loss=loss
         ).log_cotangent_rms
@@ -94,7 +95,10 @@ def plain(keys, sigma_w, *, depth: int, width: int):
 
 def run(config: Config) -> xr.Dataset:
     rng = np.random.default_rng(config.seed)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
     convolved = []
     for _ in range(config.num_convolutions):
         kernels = [
@@ -209,7 +213,7 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
             close(statement, xavier - he, -depth / 2 * math.log(2), "2^(-L/2)", **options)
         )
         with jax.enable_x64(True):
-            exact = float(rm.norm_moments((ds.attrs["width"],) * depth).mean) / 2
+            exact = float(norm_moments((int(ds.attrs["width"]),) * depth).mean) / 2
         statement, source = f"mean log growth of He's gradient, {depth} layers", "formula 8"
         claims.append(close(statement, he, exact, source, error=he_error, dof=size - 1))
     return tuple(claims)

@@ -1,7 +1,7 @@
-"""Newman 1986: the Lyapunov exponents of products of Gaussian matrices (Commun. Math. Phys. 103,
-121).
+"""Newman 1986: Lyapunov exponents of products of Gaussian matrices (Commun. Math. Phys. 103, 121).
 
-    lambda_i = 1/2 [log(2/N) + psi((N - i + 1)/2)],      Var = psi'((N - i + 1)/2) / (4 L),      i = 1 .. N
+    lambda_i = 1/2 [log(2/N) + psi((N - i + 1)/2)],      i = 1 .. N
+    Var = psi'((N - i + 1)/2) / (4 L)
 
 The whole spectrum of the product of 4000 Gaussian matrices of width 32 and variance 1/N, all N
 values at once, and the variance over many shorter products. The formula is read in secondary texts;
@@ -40,7 +40,10 @@ CONTROLS = {"sigma_w 1% off": {"sigma_w": 1.01}, "orthogonal weights": {"family"
 def run(config: Config) -> xr.Dataset:
     rng = np.random.default_rng(config.seed)
     n = config.width
-    draw = lambda *shape: config.sigma_w * WEIGHTS[config.family](rng, *shape, n, n)
+
+    def draw(*shape):
+        return config.sigma_w * WEIGHTS[config.family](rng, *shape, n, n)
+
     w, short = draw(config.depth), draw(config.num_short, config.short_depth)
     return xr.Dataset(
         {

@@ -57,7 +57,10 @@ def rate(key: jax.Array, gain: jax.Array, *, config: Config) -> jax.Array:
     w = gain / n**0.5 * jax.random.normal(of_w, (n, n))
     inputs = config.input_std * jax.random.normal(of_u, (config.seq_len, n))
     h, cotangent = (jax.random.normal(k, (n,)) for k in (of_h, of_g))
-    step = lambda h, u: jnp.tanh(w @ h + u)
+
+    def step(h, u):
+        return jnp.tanh(w @ h + u)
+
     logs = gradjax.signals(step, h, inputs, loss=lambda h: cotangent @ h).log_cotangent_rms
     return (logs[config.settle] - logs[-config.settle]) / (len(logs) - 2 * config.settle)
 

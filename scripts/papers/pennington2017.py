@@ -4,7 +4,8 @@ J = D_L W_L ... D_1 W_1 of critical networks (linear, ReLU, hard-tanh, erf; Gaus
 weights), real ones with their forward pass. The relative variance of the eigenvalues of J J^T grows
 as
 
-    m_2 / m_1^2 - 1 = L (mu_2 / mu_1^2 - 1 - s_1),      s_1 = -1 Gaussian, 0 orthogonal,      mu_k = E phi'(h)^(2k)
+    m_2 / m_1^2 - 1 = L (mu_2 / mu_1^2 - 1 - s_1)
+    s_1 = -1 Gaussian, 0 orthogonal,      mu_k = E phi'(h)^(2k)
 
 so that only orthogonal weights, and only next to linear (hard-tanh and erf at small q*), keep it
 bounded: dynamical isometry. Densities of singular values are drawn over those of free probability
@@ -93,9 +94,13 @@ def critical(name: str) -> tuple[float, float]:
 def spectra_of(x, w, b, *, name: str):
     """One network x -> phi(W x + b): its layers D_l W_l, and (m_1, m_1^2, m_2) for every depth.
 
-    Those of depth L are means over all 64 / L stretches of L layers: products of two stretches make the next depth.
+    Those of depth L are means over all 64 / L stretches of L layers: products of two stretches make
+    the next depth.
     """
-    step = lambda x, theta: PHI[name](theta[0] @ x + theta[1])
+
+    def step(x, theta):
+        return PHI[name](theta[0] @ x + theta[1])
+
     layers = gradjax.layer_jacobians(step, x, (w, b))
     product, found = jnp.asarray(layers), []
     for _ in DEPTHS:
@@ -109,8 +114,10 @@ def spectra_of(x, w, b, *, name: str):
 def draw(
     rng: np.random.Generator, family: str, config: Config
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every network of the same random draws: name -> (layers of the shallowest 16, moments (depth,
-    3)).
+    """Every network of the same random draws.
+
+    Returns:
+        name -> (layers of the shallowest 16, moments (depth, 3)).
     """
     n, depth, found = config.width, max(DEPTHS), {}
     w, z, x = (
@@ -128,8 +135,9 @@ def draw(
 
 
 def log_sigma(layers: np.ndarray) -> list:
-    """Log singular values after each of the drawn depths; identities after it: one compilation for
-    all of them.
+    """Log singular values after each of the drawn depths.
+
+    The layers behind a depth are identities, so that one compilation serves all depths.
     """
     index = np.arange(max(DRAWN))[:, None, None]
     eye = np.eye(layers.shape[-1], dtype=layers.dtype)
@@ -173,9 +181,9 @@ def haar_moments(
 ) -> tuple[float, float]:
     """(E tr (J J^T)^2 / N, E (tr J J^T)^2 / N^2) for Haar weights and independent D, exact.
 
-    Of H = O M O^T, with a = tr M^2 / N and b = (tr M)^2 / N^2: E H_ii^2 = (N b + 2 a) / (N + 2), the off-diagonal rest
-    of a row has E sum_j H_ij^2 = N (a - b) / (N + 2), and E sum_j H_ii H_jj = N ((N + 1) b - 2 a / N) / (N + 2); D
-    multiplies the first by mu_2, the others by mu_1^2.
+    Of H = O M O^T, with a = tr M^2 / N and b = (tr M)^2 / N^2: E H_ii^2 = (N b + 2 a) / (N + 2),
+    the off-diagonal rest of a row has E sum_j H_ij^2 = N (a - b) / (N + 2), and E sum_j H_ii H_jj =
+    N ((N + 1) b - 2 a / N) / (N + 2); D multiplies the first by mu_2, the others by mu_1^2.
     """
     a = b = 1.0
     for _ in range(depth):
@@ -187,8 +195,9 @@ def haar_moments(
 
 
 def predictions(network: str, n: int) -> tuple[np.ndarray, float]:
-    """(E m_2 / E m_1^2 - 1 at this width for every depth, slope in L of formula 4) of a critical
-    network.
+    """E m_2 / E m_1^2 - 1 of a critical network at this width for every depth.
+
+    And the slope in L of formula 4.
     """
     name, family = network.split(", ")
     law, (sigma_w, _) = rm.derivative_law(*NETWORKS[name]), critical(name)
@@ -208,7 +217,10 @@ def predictions(network: str, n: int) -> tuple[np.ndarray, float]:
 def relative_variance(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(estimate, its leave-one-out values) of E m_2 / E m_1^2 - 1 from (samples, depth, 3)."""
     total = moments.sum(0)
-    ratio = lambda x: x[..., 2] / x[..., 1] - 1
+
+    def ratio(x):
+        return x[..., 2] / x[..., 1] - 1
+
     return ratio(total), ratio(total - moments)
 
 
@@ -292,9 +304,9 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
             )
         else:
             # every depth's slope, with the weight that its relative error leaves it
-            mean = lambda x, finite=finite, slope=slope: (
-                slope * np.average(x / finite, axis=-1, weights=WEIGHT)
-            )
+            def mean(x, finite=finite, slope=slope):
+                return slope * np.average(x / finite, axis=-1, weights=WEIGHT)
+
             options = {
                 "error": jackknife(mean(left_out)),
                 "dof": dof,

@@ -1,5 +1,4 @@
-"""Pennington 2018: two universal limits of the spectrum of deep orthogonal networks (arXiv
-1802.09979).
+"""Pennington 2018: two universal limits of spectra of orthogonal networks (arXiv 1802.09979).
 
 Orthogonal weights at criticality, q* falling with depth so that sigma_0^2 = L (mu_2 / mu_1^2 - 1),
 the variance of the squared singular values lambda, stays 1/4 or 4. As L grows the spectrum tends to
@@ -34,7 +33,17 @@ from matplotlib.figure import Figure
 import gradjax
 from gradjax.theory import meanfield
 from gradjax.theory import random_matrix as rm
-from papers.common import COLOURS, WEIGHTS, Claim, close, density, mean_error, panels, points
+from papers.common import (
+    COLOURS,
+    WEIGHTS,
+    Claim,
+    close,
+    density,
+    limit,
+    mean_error,
+    panels,
+    points,
+)
 
 DEPTHS = (32, 128)
 SPREADS = (0.25, 4.0)  # sigma_0^2
@@ -71,8 +80,9 @@ CONTROLS = {
 
 
 def length(name: str, depth: int, spread: float) -> float:
-    """q* with L (mu_2 / mu_1^2 - 1) = spread, from mu_k = erf(1 / sqrt(2 q)) and (1 + k pi
-    q)^(-1/2).
+    """q* with L (mu_2 / mu_1^2 - 1) = spread.
+
+    From mu_k = erf(1 / sqrt(2 q)) and (1 + k pi q)^(-1/2).
     """
     ratio = 1 + spread / depth
     if name == "hard_tanh":
@@ -84,7 +94,10 @@ def length(name: str, depth: int, spread: float) -> float:
 @functools.partial(jax.jit, static_argnames="name")
 def layers(x, w, b, *, name: str):
     """(inputs, depth, N, N): D_l W_l of x -> phi(W x + b)."""
-    step = lambda x, theta: PHI[name](theta[0] @ x + theta[1])
+
+    def step(x, theta):
+        return PHI[name](theta[0] @ x + theta[1])
+
     return jax.lax.map(lambda x: gradjax.layer_jacobians(step, x, (w, b)), x)
 
 
@@ -178,9 +191,8 @@ def plot(ds: xr.Dataset) -> Figure:
                         fontsize=8,
                     )
                     ax.axvline(curve.log_atom, color=colour, lw=1, ls=":")
-            with jax.enable_x64(True):
-                limit = rm.limit_density(spread, universality)
-            ax.plot(limit.log_lambda, limit.density, "k--", lw=0.9, label=f"limit, {universality}")
+            curve, label = limit(spread, universality), f"limit, {universality}"
+            ax.plot(curve.log_lambda, curve.density, "k--", lw=0.9, label=label)
             title = rf"{name.replace('_', '-')}, $\sigma_0^2 = {spread:g}$"
             ax.set(
                 xlim=(-4, 3 if spread > 1 else 1.5), ylim=(0, 1.15 * ax.get_ylim()[1]), title=title

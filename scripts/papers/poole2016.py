@@ -1,7 +1,7 @@
-"""Poole 2016: lengths, correlations and curvature in depth, tanh networks in two phases (arXiv
-1606.05340).
+"""Poole 2016: lengths, correlations and curvature of tanh networks in depth (arXiv 1606.05340).
 
-    h_l = W_l tanh(h_{l-1}) + b_l,      sigma_b = 0.3,      sigma_w = 1.3 (ordered), 2.5, 4 (chaotic)
+    h_l = W_l tanh(h_{l-1}) + b_l
+    sigma_b = 0.3,      sigma_w = 1.3 (ordered), 2.5, 4 (chaotic)
 
 The length q of a layer runs to q* from any start (fig. 1), the correlation of two inputs to c* = 1
 in order and below 1 in chaos (fig. 2), and a circle of inputs is shrunk or stretched by chi_1 per
@@ -47,7 +47,7 @@ class Config:
     activation: str = "tanh"
 
 
-SMALL = {"width": 500, "num_samples": 32, "num_points": 4}
+SMALL = {"width": 500, "num_samples": 24, "num_points": 4}
 CONTROLS = {"sigma_w 5% off": {"gain": 1.05}, "erf in place of tanh": {"activation": "erf"}}
 
 
@@ -71,17 +71,20 @@ def curvature(curve: Curve):
 
 @functools.partial(jax.jit, static_argnames="activation")
 def network(keys, start: Curve, sigma_w, *, activation: str) -> tuple[Curve, dict[str, Array]]:
-    """Along the layers: lengths of all inputs, correlations with input 0, squared velocities,
-    curvatures.
-    """
+    """Lengths, correlations with input 0, squared velocities and curvatures along the layers."""
     phi = ACTIVATIONS[activation]
     n = start.h.shape[-1]
 
     def step(curve, key):
         of_w, of_b = jax.random.split(key)
         w, b = jax.random.normal(of_w, (n, n)), SIGMA_B * jax.random.normal(of_b, (n,))
-        layer = lambda h: sigma_w[:, None, None] / math.sqrt(n) * (phi(h) @ w.T) + b[None, None]
-        velocity = lambda h, v: jax.jvp(layer, (h,), (v,))
+
+        def layer(h):
+            return sigma_w[:, None, None] / math.sqrt(n) * (phi(h) @ w.T) + b[None, None]
+
+        def velocity(h, v):
+            return jax.jvp(layer, (h,), (v,))
+
         (h, v), (_, a) = jax.jvp(velocity, (curve.h, curve.v), (curve.v, curve.a))
         return Curve(h, v, a), observed(curve)
 
@@ -100,8 +103,9 @@ def network(keys, start: Curve, sigma_w, *, activation: str) -> tuple[Curve, dic
 
 
 def inputs(rng: np.random.Generator, n: int, q: np.ndarray, num_points: int) -> Curve:
-    """Points of a circle of length q*: at the angles of CORRELATIONS from point 0, then evenly;
-    then other lengths.
+    """Points of a circle of length q*, then inputs of other lengths.
+
+    The points lie at the angles of CORRELATIONS from point 0, then evenly.
     """
     plane = np.linalg.qr(rng.standard_normal((n, 2)))[0].T
     angle = np.concatenate(
@@ -127,8 +131,13 @@ def run(config: Config) -> xr.Dataset:
         keys = jax.random.split(key, config.depth)
         found.append(network(keys, start, sigma_w, activation=config.activation)[1])
     moving = -len(START)  # the points of the circle come first
-    of = lambda name, part: np.array([np.moveaxis(x[name], 0, -1)[:, part] for x in found], float)
-    dims = lambda of_inputs: ("sample", "sigma_w", of_inputs, "layer")
+
+    def of(name, part):
+        return np.array([np.moveaxis(x[name], 0, -1)[:, part] for x in found], float)
+
+    def dims(of_inputs):
+        return ("sample", "sigma_w", of_inputs, "layer")
+
     ds = xr.Dataset(
         {
             "q": (dims("start"), of("q", slice(moving, None))),

@@ -5,11 +5,10 @@ factors (variance 1/N) crowd at the origin: the paper's text gives 32% and 94% o
 the bin of width 0.1 at the origin for 5 and 100 factors. Orthogonal factors keep all of them on the
 unit circle.
 
-Verified: the two published shares, read in the paper's text, and that they are the law P(|z| < r) =
-r^(2/k), which the page of formulas had from memory: it is derived in
-`random_matrix.ginibre_product_cdf`, gives (0.01/pi)^(1/k) = 31.7% and 94.4%, and is compared here
-over all radii. The square bin is taken as the disc of its area, which changes the share by 0.1
-points at k = 5. Not covered: the excess of real eigenvalues, some sqrt(2 N k / pi) at finite N.
+Verified: the two published fractions, read in the paper's text, and over all radii the law P(|z| <
+r) = r^(2/k), derived in `random_matrix.ginibre_product_cdf`, which gives (0.01/pi)^(1/k) = 31.7%
+and 94.4%. The square bin is taken as the disc of its area, which changes the fraction by 0.1 points
+at k = 5. Not covered: the excess of real eigenvalues, some sqrt(2 N k / pi) at finite N.
 """
 
 import math
@@ -55,7 +54,10 @@ def eigenvalues(
 
 def run(config: Config) -> xr.Dataset:
     rng = np.random.default_rng(config.seed)
-    draw = lambda: eigenvalues(rng, config.family, config.width, config.sigma_w)
+
+    def draw():
+        return eigenvalues(rng, config.family, config.width, config.sigma_w)
+
     clouds = {"gaussian": np.array([draw() for _ in range(config.num_samples)])}
     clouds["orthogonal"] = eigenvalues(rng, "orthogonal", config.circle_width)[None]
     ds = xr.Dataset(coords={"factors": list(FACTORS)})
@@ -66,7 +68,7 @@ def run(config: Config) -> xr.Dataset:
 
 
 def in_bin(ds: xr.Dataset, name: str) -> np.ndarray:
-    """(samples, factors) share of the eigenvalues in the square bin at the origin."""
+    """(samples, factors) fraction of the eigenvalues in the square bin at the origin."""
     inside = (abs(ds[f"{name}_real"]) < BIN / 2) & (abs(ds[f"{name}_imag"]) < BIN / 2)
     return inside.mean(f"{name}_eigenvalue").values
 
@@ -97,7 +99,7 @@ def plot(ds: xr.Dataset) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("Re $z$")
     assert image is not None
-    fig.colorbar(image, ax=axes, shrink=0.7, label="share of the eigenvalues per bin")
+    fig.colorbar(image, ax=axes, shrink=0.7, label="fraction of the eigenvalues per bin")
     fig.suptitle(
         f"Eigenvalues of products of random matrices, width {ds.sizes['gaussian_eigenvalue']}",
         fontsize=11,
@@ -110,7 +112,7 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     law = ginibre_product_cdf(BIN / math.sqrt(math.pi), np.array(FACTORS, float))
     claims = []
     for i, published in ((1, 0.32), (2, 0.94)):
-        statement = f"share of the eigenvalues in the origin bin, {FACTORS[i]} Gaussian factors"
+        statement = f"fraction of the eigenvalues in the origin bin, {FACTORS[i]} Gaussian factors"
         one_point = {"error": error[i], "absolute": 0.01, "asymptotic": True}
         claims.append(
             close(f"{statement}, in print", mean[i], published, "Saxe 2013, fig. 6C", **one_point)
@@ -132,7 +134,7 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
         claims.append(close(statement, gap, 0, "formula 11", absolute=0.03))
     claims.append(
         close(
-            "share in the origin bin, orthogonal",
+            "fraction in the origin bin, orthogonal",
             in_bin(ds, "orthogonal").max(),
             0,
             "Saxe 2013",

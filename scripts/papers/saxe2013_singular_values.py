@@ -33,7 +33,7 @@ from papers.common import (
     points,
 )
 
-DEPTH, WIDTH = 6, 32  # of the moments: L/N is large enough to tell both theories apart
+DEPTH, WIDTH = 6, 32  # of the moments: L/N is large enough to separate the two theories
 DEPTHS = (1, 6, 30)  # of the densities
 
 

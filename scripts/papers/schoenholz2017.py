@@ -1,5 +1,4 @@
-"""Schoenholz 2017, figs. 2 and 4: depth scales of correlations and gradients at the edge of chaos
-(arXiv 1611.01232).
+"""Schoenholz 2017, figs. 2 and 4: depth scales of correlations and gradients (arXiv 1611.01232).
 
 tanh networks with sigma_b^2 = 0.05 and sigma_w^2 from 1 to 4. Two inputs converge (order) or part
 (chaos) as exp(-l / xi_c), gradients vanish or explode as exp(l / xi_grad) on their way back, 1 /
@@ -9,7 +8,7 @@ Verified: the correlation c^l of networks of width 1000 against the iterated map
 every sigma_w; the slope of the log squared gradient within 5% of log chi_1, within 0.01 where that
 is small. Scales fitted to c^l are drawn and not judged: over so few layers a fit is no asymptote,
 for the map itself (dashes in the figure) no more than for a network. Not covered: dropout, and the
-trainable depth of fig. 5, which wants training.
+trainable depth of fig. 5, which needs training.
 """
 
 import functools
@@ -47,9 +46,9 @@ class Config:
 
 SMALL = {
     "width": 500,
-    "num_samples": 12,
+    "num_samples": 6,
     "gradient_width": 300,
-    "num_gradients": 12,
+    "num_gradients": 8,
     "gradient_layers": 20,
 }
 CONTROLS = {"sigma_w 5% off": {"gain": 1.05}, "sigma_w 5% low": {"gain": 0.95}}
@@ -69,7 +68,10 @@ def correlations(keys, h, sigma_w):
 
     def step(h, key):
         a, b = h[:, 0], h[:, 1]
-        norm = lambda x: jnp.sqrt(jnp.sum(x**2, -1))
+
+        def norm(x):
+            return jnp.sqrt(jnp.sum(x**2, -1))
+
         c = jnp.sum(a * b, -1) / (norm(a) * norm(b))
         return layer(sigma_w[:, None, None, None], h, key), jnp.mean(c, -1)
 
@@ -78,8 +80,9 @@ def correlations(keys, h, sigma_w):
 
 @jax.jit
 def gradients(keys, h, target, sigma_w):
-    """(sigma_w, depth + 1): log rms of the gradient of a batch h (sigma_w, batch, N), each along
-    its own direction.
+    """Log rms of the gradient of a batch h (sigma_w, batch, N), each along its own direction.
+
+    (sigma_w, depth + 1).
     """
 
     def one(h, sigma_w):
@@ -128,9 +131,7 @@ def run(config: Config) -> xr.Dataset:
 
 
 def fitted_scale(c: np.ndarray, c_star: float) -> float:
-    """xi from the later layers, while c is more than 0.03 from c*; NaN where they are fewer than
-    4.
-    """
+    """xi from the later layers, while c is more than 0.03 from c*; NaN from fewer than 4."""
     off = abs(c - c_star)
     near = np.argmax(off < 0.03) if np.any(off < 0.03) else len(off)
     layers = np.arange(near // 3, near)
@@ -176,7 +177,7 @@ def plot(ds: xr.Dataset) -> Figure:
     right.set_ylim(top=20)
     right.set(xlabel="layer $l$", ylabel=r"log squared gradient, $\log\,\chi_1^{L-l}$")
 
-    squares = np.linspace(0.9, 4.1, 400)
+    squares = np.linspace(0.9, 4.1, 200)
     scales = meanfield.depth_scales(np.sqrt(squares), SIGMA_B)
     middle.plot(squares, scales.xi_c, color=THEORY, label=r"$\xi_c$")
     middle.plot(squares, np.abs(scales.xi_grad), color=LIMIT, label=r"$|\xi_\nabla|$")
@@ -202,9 +203,12 @@ def plot(ds: xr.Dataset) -> Figure:
 def fits_of(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """xi_c fitted to the measured c^l, and in the same way to the map's."""
     c_star = np.asarray(meanfield.c_star(np.sqrt(SQUARES), SIGMA_B), float)
-    fit = lambda c: np.array(
-        [fitted_scale(x, limit) for x, limit in zip(c.values.T, c_star, strict=True)]
-    )
+
+    def fit(c):
+        return np.array(
+            [fitted_scale(x, limit) for x, limit in zip(c.values.T, c_star, strict=True)]
+        )
+
     return fit(ds.c.mean("sample")), fit(ds.c_map)
 
 

@@ -1,17 +1,17 @@
-"""Wang 2022 (DeepNorm): the first step moves a post-LN transformer ever more with depth, and
-DeepNorm's not at all.
+"""Wang 2022 (DeepNorm): the first step moves post-LN transformers more with depth, not DeepNorm's.
 
 DeepNet, arXiv 2203.00555, sections 3 and 4 and its figure of model updates: x' = LN(alpha x + F(x))
 with alpha = (2N)^(1/4), and the feed-forward, value and output matrices times beta = (8N)^(-1/4),
 for one stack of N layers. Then the update of the network by a step of gradient descent is bounded
 whatever N; with alpha = beta = 1 it grows.
 
-To first order a step of size eta on a function f = c . x_N of the last state changes it by -eta sum_l
-||df/dtheta_l||^2, c Gaussian: that is what is drawn. DeepNorm's matrices have squared gradients ~ beta^2 / alpha^2 =
-1/(4N) each, of which there are O(N): the exponent of N is 0. Of post-LN the paper says that it grows, and that is what
-is claimed: N layers with gradients alike would give the exponent 1, and those of networks of this width differ by
-decades and rise towards the input. alpha and beta are read in secondary text; without either the exponent is 0.5 or
-more. The paper's figure is of training runs with Adam, which are not covered; nor are encoder-decoders.
+To first order a step of size eta on a function f = c . x_N of the last state changes it by -eta
+sum_l ||df/dtheta_l||^2, c Gaussian: this sum is drawn. DeepNorm's matrices have squared gradients ~
+beta^2 / alpha^2 = 1/(4N) each, of which there are O(N): the exponent of N is 0. The paper says that
+post-LN's grows, and that is the claim: N layers with gradients alike would give the exponent 1, and
+those of networks of this width differ by decades and rise towards the input. alpha and beta are
+read in secondary text; without either the exponent is 0.5 or more. The paper's figure is of
+training runs with Adam, which are not covered; nor are encoder-decoders.
 """
 
 import functools
@@ -24,7 +24,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from papers.common import COLOURS, Claim, apart, close, mean_error, panels, points
+from papers.common import COLOURS, Claim, apart, close, mean_error, panels, points, without
 
 SOURCE = "formula 13, arXiv 2203.00555"
 KINDS = ("DeepNorm", "post-LN")
@@ -37,7 +37,8 @@ class Config:
     width: int = 48
     seq_len: int = 8
     depths: tuple[int, ...] = (8, 32, 128)
-    networks: int = 64  # post-LN's, whose gradients differ by decades between networks; DeepNorm's are an eighth
+    # Of post-LN, whose gradients differ by decades between networks; of DeepNorm an eighth.
+    networks: int = 64
     alpha: float = 0.25  # DeepNorm's exponents of 2N and 8N
     beta: float = -0.25
 
@@ -55,10 +56,12 @@ def normalize(x: jax.Array) -> jax.Array:
     return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6)
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def network(key: jax.Array, depth: jax.Array, alpha: jax.Array, beta: jax.Array, *, config: Config):
     """(deepest,) squared gradient of f per layer, 0 where there is none, of one sequence.
 
-    One compiled program for all kinds and depths: of the deepest stack only the last `depth` layers are there.
+    One compiled program for all kinds and depths: of the deepest stack only the last `depth` layers
+    are there.
     """
     (of_x, of_w, of_c), n, deepest = jax.random.split(key, 3), config.width, max(config.depths)
     draws = jax.random.normal(of_w, (len(NAMES), deepest, n, n)) / n**0.5
@@ -75,7 +78,10 @@ def network(key: jax.Array, depth: jax.Array, alpha: jax.Array, beta: jax.Array,
         return jnp.where(theta["index"] >= deepest - depth, x, before)
 
     x, c = (jax.random.normal(k, (config.seq_len, n)) for k in (of_x, of_c))
-    loss = lambda x: jnp.sum(c * x) / (config.seq_len * n) ** 0.5
+
+    def loss(x):
+        return jnp.sum(c * x) / (config.seq_len * n) ** 0.5
+
     found = gradjax.signals(layer, x, {"w": w, "index": jnp.arange(deepest)}, loss=loss)
     return jnp.exp(2 * found.log_gradient_norm)
 
@@ -83,8 +89,7 @@ def network(key: jax.Array, depth: jax.Array, alpha: jax.Array, beta: jax.Array,
 def run(config: Config) -> xr.Dataset:
     """Squared gradients per kind, depth, network and layer."""
     counts = {"DeepNorm": config.networks // 8, "post-LN": config.networks}
-    one = functools.partial(network, config=config)
-    simulate = jax.jit(one)
+    simulate = functools.partial(network, config=without(config, "alpha", "beta"))
     ds = xr.Dataset(coords={"depth": list(config.depths)})
     for kind, count in counts.items():
         keys = jax.random.split(jax.random.key(config.seed), count)

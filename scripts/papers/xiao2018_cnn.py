@@ -1,5 +1,4 @@
-"""Xiao 2018: convolutions that are isometries (delta-orthogonal), and the critical line of
-convolutional networks.
+"""Xiao 2018: convolutions that are isometries, and the critical line of convolutional networks.
 
 Dynamical isometry and a mean field theory of CNNs, arXiv 1806.05393. A 3x3 kernel that is an
 orthogonal matrix in its centre and zero elsewhere makes a linear network with circular padding
@@ -44,7 +43,7 @@ class Config:
     sigma_b2: tuple[float, ...] = (0.01, 0.05, 0.15)
     ratios: tuple[float, ...] = (0.8, 0.9, 1.0, 1.1, 1.2)  # sigma_w^2 over its critical value
     gain: float = 1.0  # multiplies the weights of what is simulated
-    centred: bool = True  # the orthogonal matrix stands in the kernel's centre alone
+    centred: bool = True  # the orthogonal matrix stands only in the kernel's centre
 
 
 SMALL = dict(channels=8, depth=8, wide=32, tanh_depth=16, networks=8, sigma_b2=(0.05,))
@@ -86,9 +85,7 @@ def isometry(key: jax.Array, config: Config) -> np.ndarray:
 def network(
     key: jax.Array, sigma_w: jax.Array, sigma_b: jax.Array, q: jax.Array, *, config: Config
 ) -> jax.Array:
-    """Growth of the squared gradient per layer, (), of a tanh network whose input has the length
-    q.
-    """
+    """Growth of the squared gradient per layer, (), of a tanh network with input length q."""
     (of_w, of_b, of_h, of_g), c = jax.random.split(key, 4), config.wide
     kernels = (
         jax.random.normal(of_w, (config.tanh_depth, 9, c, c))
@@ -114,9 +111,7 @@ def network(
 
 
 def run(config: Config) -> xr.Dataset:
-    """Log singular values of both linear networks; growth of gradients over the grid, with its
-    theory.
-    """
+    """Log singular values of both linear networks, and growth of gradients with its theory."""
     of_linear, of_tanh = jax.random.split(jax.random.key(config.seed))
     sigma_b = np.sqrt(config.sigma_b2)
     critical = np.asarray(meanfield.critical_sigma_w(sigma_b), float)
@@ -155,16 +150,15 @@ def run(config: Config) -> xr.Dataset:
 
 
 def grown(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """(sigma_b2, ratio) mean growth over networks, and its error: a network's layers share their
-    lengths.
+    """Mean growth over networks, (sigma_b2, ratio), and its error.
+
+    Networks are the samples, because a network's layers have their lengths in common.
     """
     return mean_error(ds["growth"].values, axis=2)
 
 
 def crossing(ds: xr.Dataset) -> np.ndarray:
-    """(sigma_b2,) the sigma_w^2 at which a straight line through the log growth over log sigma_w^2
-    is zero.
-    """
+    """The zero of a straight line through the log growth over log sigma_w^2, (sigma_b2,)."""
     mean, _ = grown(ds)
     lines = [
         np.polyfit(np.log(x), np.log(y), 1)

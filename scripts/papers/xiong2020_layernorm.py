@@ -1,5 +1,4 @@
-"""Xiong 2020: gradients of the last layers of a transformer, LayerNorm after or before the
-sublayers.
+"""Xiong 2020: gradients of the last layers of transformers, LayerNorm after or before sublayers.
 
 On layer normalization in the transformer architecture, arXiv 2002.04745, figure 3 and theorem 1.
 Post-LN, x' = LN(x + F(x)), keeps the gradient of the last feed-forward matrix W2 at order one in
@@ -24,7 +23,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from papers.common import COLOURS, Claim, close, mean_error, panels, points
+from papers.common import COLOURS, Claim, close, mean_error, panels, points, without
 
 SOURCE = "theorem 1, arXiv 2002.04745"
 KINDS = {"post-LN": 0.0, "pre-LN": -0.5}  # and the exponent of depth
@@ -54,25 +53,29 @@ def normalize(x: jax.Array) -> jax.Array:
 def network(
     key: jax.Array, post: jax.Array, depth: jax.Array, *, config: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """(log norm of the gradient of W2 per layer, log rms of the last stream ()) of one sequence's
-    loss.
+    """Log norm of the gradient of W2 per layer, and log rms of the last stream (), of one sequence.
 
-    One compiled program for both kinds and all depths: of the deepest stack only the last `depth` layers are there.
+    One compiled program for both kinds and all depths: of the deepest stack only the last `depth`
+    layers are there.
     """
     of_x, of_layers, of_w2, of_out, of_labels = jax.random.split(key, 5)
     n, deepest = config.width, max(config.depths)
-    xavier = lambda key, *shape: jax.random.normal(key, shape) * (2 / sum(shape[-2:])) ** 0.5
+
+    def xavier(key, *shape):
+        return jax.random.normal(key, shape) * (2 / sum(shape[-2:])) ** 0.5
 
     def attention(x, key):
         q, k, v, out = (xavier(key, n, n) for key in jax.random.split(key, 4))
         scores = jax.nn.softmax((x @ q) @ (x @ k).T / n**0.5, axis=-1)
         return scores @ (x @ v) @ out
 
-    def layer(
-        x, theta
-    ):  # the gradients of W2 alone are asked for: the other matrices come from the key
+    def layer(x, theta):
+        # Only the gradients of W2 are needed: the other matrices come from the key.
         first, second = jax.random.split(theta["key"])
-        feed_forward = lambda x: jax.nn.relu(x @ xavier(second, n, n)) @ theta["w2"]
+
+        def feed_forward(x):
+            return jax.nn.relu(x @ xavier(second, n, n)) @ theta["w2"]
+
         before = x
         for sublayer in (lambda x: attention(x, first), feed_forward):
             x = x + sublayer(jnp.where(post, x, normalize(x)))
@@ -93,11 +96,16 @@ def network(
     return found.log_gradient_norm, found.log_activation_rms[-1]
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def networks(keys, post, depth, *, config: Config):
+    """`network` for each key."""
+    return jax.lax.map(lambda key: network(key, post, depth, config=config), keys)
+
+
 def run(config: Config) -> xr.Dataset:
     """Gradient norms per network and layer, and the stream's rms, of both kinds and every depth."""
     keys = jax.random.split(jax.random.key(config.seed), config.networks)
-    one = functools.partial(network, config=config)
-    simulate = jax.jit(lambda post, depth: jax.lax.map(lambda key: one(key, post, depth), keys))
+    simulate = functools.partial(networks, keys, config=without(config, "swapped"))
     ds = xr.Dataset(coords={"depth": list(config.depths)})
     for name in KINDS:
         post = jnp.asarray((name == "post-LN") != config.swapped)
@@ -131,8 +139,8 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
             close(statement, found, expected, SOURCE, absolute=0.12, error=error, asymptotic=True)
         )
     found, error = exponent(ds, ds["pre-LN_log_rms"].values)
-    claims.append(close("pre-LN: exponent of the stream's rms", found, 0.5, SOURCE, absolute=0.12, error=error,
-                        asymptotic=True))  # fmt: skip
+    statement = "pre-LN: exponent of the stream's rms"
+    claims.append(close(statement, found, 0.5, SOURCE, absolute=0.12, error=error, asymptotic=True))
     return tuple(claims)
 
 

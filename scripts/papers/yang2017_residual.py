@@ -1,19 +1,18 @@
-"""Yang & Schoenholz 2017: residual networks live on the edge of chaos, gradients grow as
-exp(sqrt(depth)).
+"""Yang & Schoenholz 2017: gradients of residual networks grow as exp(sqrt(depth)).
 
 Mean field residual networks, arXiv 1712.08969, figures 2 and 3: h' = h + V phi(W h + b) + a with
 Gaussian weights. The length of a tanh network grows as its depth, p ~ (sigma_v^2 + sigma_a^2) l,
 and therefore
 
-    log chi_0 / chi_L ~ A sqrt(L),   A = (4/3) sqrt(2/pi) sigma_v^2 sigma_w / sqrt(sigma_v^2 + sigma_a^2)       (tanh)
-    chi_l / chi_{l+1} = 1 + sigma_v^2 sigma_w^2 / 2                                                             (ReLU)
+    tanh:  log chi_0 / chi_L ~ A sqrt(L)
+           A = (4/3) sqrt(2/pi) sigma_v^2 sigma_w / sqrt(sigma_v^2 + sigma_a^2)
+    ReLU:  chi_l / chi_{l+1} = 1 + sigma_v^2 sigma_w^2 / 2
 
-Both constants are derived again, since the references at hand had them from memory: with q =
-sigma_w^2 p large, E tanh'(sqrt(q) z)^2 = (4/3) / sqrt(2 pi q), and the sum over layers of sigma_v^2
-sigma_w^2 times that is A sqrt(L) to leading order; a ReLU's slope is 1 half of the time. The
-measured ratios of means are compared with the exact recursion `meanfield.residual` layer by layer,
-which has no asymptotics in it, and A with the slope of a straight line. Not covered: the angle
-between two inputs, other activations, training.
+Both constants are derived again: with q = sigma_w^2 p large, E tanh'(sqrt(q) z)^2 = (4/3) / sqrt(2
+pi q), and the sum over layers of sigma_v^2 sigma_w^2 times that is A sqrt(L) to leading order; a
+ReLU's slope is 1 half of the time. The measured ratios of means are compared with the exact
+recursion `meanfield.residual` layer by layer, which has no asymptotics in it, and A with the slope
+of a straight line. Not covered: the angle between two inputs, other activations, training.
 """
 
 import functools
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 
 import gradjax
 from gradjax.theory import meanfield
-from papers.common import COLOURS, THEORY, Claim, close, joint, mean_error, panels, points
+from papers.common import COLOURS, THEORY, Claim, close, joint, mean_error, panels, points, without
 
 SOURCE = "formula 9, arXiv 1712.08969"
 SETTINGS = {
@@ -54,13 +53,12 @@ CONTROLS = {
     "sigma_w 10% larger": dict(gain=1.1),
     "ReLU for tanh": dict(activation="relu"),
 }
-FIRST = 0.2  # the straight lines are fitted from this share of the depth on
+FIRST = 0.2  # the straight lines are fitted from this fraction of the depth on
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def network(key: jax.Array, sigma: dict[str, jax.Array], rectify: jax.Array, *, config: Config):
-    """(log of mean square activation, log of mean square cotangent), (depth + 1,) each, of one
-    network's batch.
-    """
+    """Logs of the mean square activation and cotangent of a network's batch, (depth + 1,) each."""
     n, keys = config.width, jax.random.split(key, 6)
     shapes = dict(w=(n, n), v=(n, n), b=(1, n), a=(1, n))
     weights = {
@@ -69,7 +67,8 @@ def network(key: jax.Array, sigma: dict[str, jax.Array], rectify: jax.Array, *, 
     }
     h, cotangents = (jax.random.normal(k, (config.batch, n)) for k in keys[4:])
 
-    def step(h, layer):  # theta is a layer's number: the gradients of its weights are not asked for
+    def step(h, layer):
+        # theta is a layer's number, because the gradients of its weights are not needed.
         w, v, b, a = (sigma[x] * weights[x][layer] for x in "wvba")
         z = h @ w / n**0.5 + jnp.broadcast_to(b, h.shape)
         phi = jnp.where(rectify, jax.nn.relu(z), jnp.tanh(z))  # both kinds in one compiled program
@@ -83,11 +82,9 @@ def network(key: jax.Array, sigma: dict[str, jax.Array], rectify: jax.Array, *, 
 
 
 def run(config: Config) -> xr.Dataset:
-    """The lengths and gradients of both kinds of network, per network and layer, beside the
-    recursion.
-    """
+    """Lengths and gradients of both kinds of network per layer, and those of the recursion."""
     ds = xr.Dataset(coords={"state": np.arange(config.depth + 1)})
-    simulate = jax.jit(functools.partial(network, config=config))
+    simulate = functools.partial(network, config=without(config, "gain", "activation"))
     for number, (name, setting) in enumerate(SETTINGS.items()):
         rectify = jnp.asarray("relu" in (name, config.activation))
         sigma = {x: jnp.float32(setting[f"sigma_{x}"]) for x in "wvba"}
@@ -111,17 +108,16 @@ def run(config: Config) -> xr.Dataset:
 
 
 def growth(ds: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """log chi_0 / chi_l over l, its mean over networks and standard error; chi is the mean over a
-    network's batch.
+    """Mean over networks and standard error of log chi_0 / chi_l over l.
+
+    chi is the mean over a network's batch.
     """
     logs = ds[f"{name}_log_cotangent"].values
     return mean_error(logs[:, :1] - logs)
 
 
 def segments(ds: xr.Dataset, name: str, count: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Factor of the mean square gradient over each of `count` runs of layers over theory's, and its
-    error.
-    """
+    """Factor of the mean square gradient over each run of layers over theory's, and its error."""
     ends = np.linspace(0, ds.sizes["state"] - 1, count + 1).round().astype(int)
     logs = ds[f"{name}_log_cotangent"].values[:, ends]
     theory = np.diff(ds[f"{name}_theory_growth"].values[ends])
@@ -129,9 +125,7 @@ def segments(ds: xr.Dataset, name: str, count: int = 10) -> tuple[np.ndarray, np
 
 
 def fit(ds: xr.Dataset, name: str, power: float) -> tuple[float, float, float]:
-    """Straight line through log chi_0 / chi_L over L^power: (slope, its error, Akaike's
-    criterion).
-    """
+    """Slope, its error and Akaike's criterion of a line through log chi_0 / chi_L over L^power."""
     x = ds["state"].values[int(FIRST * ds.sizes["state"]) :] ** power
     logs = ds[f"{name}_log_cotangent"].values
     y = (logs[:, :1] - logs)[:, -len(x) :]
@@ -158,22 +152,28 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     rate, rate_error, _ = fit(ds, "relu", 1.0)
     preferred = fit(ds, "tanh", 1.0)[2] - root
     length, length_error = mean_error(np.exp(ds["tanh_log_length"].values[:, -1]))
-    expected, exact = (
-        np.log1p(0.5 * (SETTINGS["relu"]["sigma_v"] * SETTINGS["relu"]["sigma_w"]) ** 2),
-        "the recursion of ",
+    expected = np.log1p(0.5 * (SETTINGS["relu"]["sigma_v"] * SETTINGS["relu"]["sigma_w"]) ** 2)
+    exact = "the recursion of " + SOURCE
+    statement = "tanh: slope of log chi_0/chi_L over sqrt(L)"
+    claims = [
+        close(
+            statement, slope, constant(), SOURCE, relative=0.05, error=slope_error, asymptotic=True
+        )
+    ]
+    statement = "tanh: Akaike's criterion of a law in L, less that of sqrt(L)"
+    passed = bool(preferred >= 10)
+    claims.append(Claim(statement, preferred, 0.0, 10.0, "at least 10", SOURCE, passed))
+    for name in SETTINGS:
+        mean, error = segments(ds, name)
+        statement = f"{name}: gradient growth over ten runs of layers"
+        claims.append(joint(statement, mean, 1.0, error, exact, dof=dof))
+    statement, theory = "tanh: length p at the last layer", ds["tanh_theory_length"][-1]
+    claims.append(close(statement, length, theory, exact, error=length_error, dof=dof))
+    statement = "ReLU: slope of log chi_0/chi_L over L"
+    claims.append(
+        close(statement, rate, expected, SOURCE, relative=0.05, error=rate_error, dof=dof)
     )
-    return (
-        close("tanh: slope of log chi_0/chi_L over sqrt(L)", slope, constant(), SOURCE, relative=0.05,
-              error=slope_error, asymptotic=True),
-        Claim("tanh: Akaike's criterion of a law in L, less that of sqrt(L)", preferred, 0.0, 10.0, "at least 10",
-              SOURCE, bool(preferred >= 10)),
-        *(joint(f"{name}: gradient growth over ten runs of layers", x, 1.0, e, exact + SOURCE, dof=dof)
-          for name in SETTINGS for x, e in [segments(ds, name)]),
-        close("tanh: length p at the last layer", length, ds["tanh_theory_length"][-1], exact + SOURCE,
-              error=length_error, dof=dof),
-        close("ReLU: slope of log chi_0/chi_L over L", rate, expected, SOURCE, relative=0.05,
-              error=rate_error, dof=dof),
-    )  # fmt: skip
+    return tuple(claims)
 
 
 def plot(ds: xr.Dataset) -> Figure:

@@ -1,5 +1,4 @@
-"""Yang 2019: BatchNorm makes gradients explode, by a rate that only the batch size and the
-activation decide.
+"""Yang 2019: BatchNorm makes gradients explode, at a rate set by batch size and activation.
 
 A mean field theory of batch normalization, arXiv 1902.08129, its figures of gradient norms over
 layers: h' = W phi(BatchNorm(h)), whatever the weights' variance. Squared gradients grow per layer
@@ -7,11 +6,11 @@ on their way back by (B-2)/(B-3) for linear networks and, for ReLU, by a rate th
 pi/(pi-1) = 1.467 as the batch grows.
 
 The paper gives ReLU's rate for large B; at finite B it is `meanfield.batchnorm_growth`, derived for
-this package, and is what is compared here. Averages of logarithms at small width miss it by 4%
-(fluctuations of single units count), so that rates are ratios of squares summed over units at a
-width well above batch * depth, without the layers next to either end. Without BatchNorm the same
-network with He's weights keeps its gradients. Not covered: other activations, the correlations that
-the forward pass settles at, learned scales and shifts, training.
+this package and compared here. Averages of logarithms at small width miss it by 4% (fluctuations of
+single units count), so that rates are ratios of squares summed over units at a width well above
+batch * depth, without the layers next to either end. Without BatchNorm the same network with He's
+weights keeps its gradients. Not covered: other activations, the correlations that the forward pass
+settles at, learned scales and shifts, training.
 """
 
 import functools

@@ -1,9 +1,8 @@
-"""Zhang 2019 (Fixup): the first step changes a residual network's function by the same amount at
-every depth.
+"""Zhang 2019 (Fixup): the first step changes the function by the same amount at every depth.
 
 Fixup initialization, arXiv 1901.09321, section 3: L residual branches of m matrices, the last of
 each zero and the others He's times L^(-1/(2m-2)); a step of gradient descent then moves the output
-by order eta, whatever L. With He's weights alone, activations and gradients double in each block.
+by order eta, whatever L. With only He's weights, activations and gradients double in each block.
 
 To first order a step of eta on f = v . h_L changes f by -eta sum_l ||df/dtheta_l||^2. Derived for
 the blocks here, h' = h + W_m relu(.. relu(W_1 h)) with Var W = 2/fan_in but for W_1, which sees no
@@ -23,7 +22,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import gradjax
-from papers.common import COLOURS, Claim, close, joint, mean_error, panels, points
+from papers.common import COLOURS, Claim, close, joint, mean_error, panels, points, without
 
 SOURCE = "section 3, arXiv 1901.09321, constant derived"
 KINDS = ("Fixup", "He")
@@ -48,8 +47,8 @@ def change(
 ) -> jax.Array:
     """log of 2 sum_l ||df/dtheta_l||^2 / (|v|^2 |h_0|^2), ().
 
-    One compiled program for both kinds and all depths: of the deepest stack only the first `depth` blocks are there,
-    `scale` multiplies the first m - 1 matrices, `last` the last.
+    One compiled program for both kinds and all depths: of the deepest stack only the first `depth`
+    blocks are there, `scale` multiplies the first m - 1 matrices, `last` the last.
     """
     (of_w, of_h, of_v), n, deepest = jax.random.split(key, 3), config.width, max(config.depths)
     w = jax.random.normal(of_w, (deepest, m, n, n)) / n**0.5
@@ -64,10 +63,15 @@ def change(
 
     thetas = {"w": w * factors[None, :, None, None], "index": jnp.arange(deepest)}
     found = gradjax.signals(block, h, thetas, loss=lambda h: v @ h)
-    total = jax.nn.logsumexp(
-        2 * found.log_gradient_norm
-    )  # beyond float32 in a deep network of He's weights
+    # The sum leaves float32 in a deep network of He's weights, its logarithm does not.
+    total = jax.nn.logsumexp(2 * found.log_gradient_norm)
     return total - jnp.log(jnp.sum(v**2) * jnp.sum(h**2) / 2)
+
+
+@functools.partial(jax.jit, static_argnames=("m", "config"))
+def changes(keys, depth, scale, last, *, m: int, config: Config) -> jax.Array:
+    """`change` of one network for each key."""
+    return jax.lax.map(lambda key: change(key, depth, scale, last, m=m, config=config), keys)
 
 
 def run(config: Config) -> xr.Dataset:
@@ -77,10 +81,7 @@ def run(config: Config) -> xr.Dataset:
     ds = xr.Dataset(coords={"depth": depths, "m": list(config.matrices)})
     found = {kind: [] for kind in KINDS}
     for m in config.matrices:
-        one = functools.partial(change, m=m, config=config)
-        simulate = jax.jit(
-            lambda *numbers, one=one: jax.lax.map(lambda key: one(key, *numbers), keys)
-        )
+        simulate = functools.partial(changes, keys, m=m, config=without(config, "power"))
         scale = depths ** (-config.power / (2 * m - 2))
         for kind, scales, last in zip(KINDS, (scale, scale**0), (0.0, 1.0), strict=True):
             found[kind].append([simulate(d, s, last) for d, s in zip(depths, scales, strict=True)])
@@ -100,8 +101,8 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
     dof = ds.sizes["network"] - 1
     x = np.log(depth) - np.log(depth).mean()
     for m in ds["m"].values:
-        changes = ds["Fixup"].sel(m=m).values
-        mean, error = mean_error(np.exp(changes), axis=1)
+        logs = ds["Fixup"].sel(m=m).values
+        mean, error = mean_error(np.exp(logs), axis=1)
         claims.append(
             joint(
                 f"Fixup, m = {m}: change at every depth, in units of |v|^2 |h|^2 / 2",
@@ -112,7 +113,7 @@ def check(ds: xr.Dataset) -> tuple[Claim, ...]:
                 dof=dof,
             )
         )
-        slope, error = mean_error(x @ changes / (x @ x))
+        slope, error = mean_error(x @ logs / (x @ x))
         statement = f"Fixup, m = {m}: exponent of depth of the change"
         claims.append(
             close(statement, slope, 0.0, SOURCE, absolute=0.05, error=error, asymptotic=True)

@@ -16,7 +16,6 @@ from papers import common
 from gradjax.report import files
 
 NAMES = common.names()
-WRONG = [(name, control) for name in NAMES for control in common.module(name).CONTROLS]
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +25,17 @@ def as_a_user_runs_it():
         yield
 
 
-# ---- the figures
+# The figures
+
+# Most of the others' time is compilation.
+RUNNING = ("hanin2018",)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_small_figure_passes_what_it_claims(name, tmp_path):
+def test_a_small_figure_passes_its_claims_and_its_controls_fail(name, tmp_path):
+    """In one process, so that the controls run the programs that the figure has compiled."""
+    jax.config.update("jax_disable_most_optimizations", name not in RUNNING)
     row = reproduce.reproduce(name, tmp_path, small=True)
     assert not row["error"], row["error"]
     assert [claim for claim in row["claims"] if not claim["passed"]] == []
@@ -40,15 +44,10 @@ def test_a_small_figure_passes_what_it_claims(name, tmp_path):
     ds = files.load(tmp_path / f"{name}.nc")
     assert json.loads(ds.attrs["config"])["seed"] == 0
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "control"), WRONG, ids=[f"{name}: {control}" for name, control in WRONG]
-)
-def test_a_wrong_setting_fails(name, control):
     figure = common.module(name)
-    claims = figure.check(figure.run(common.controls(figure)[control]))
-    assert any(not claim.passed for claim in claims), "every claim passed"
+    for control, config in common.controls(figure).items():
+        claims = figure.check(figure.run(config))
+        assert any(not claim.passed for claim in claims), f"{control}: every claim passed"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,17 +64,18 @@ def test_a_figure_keeps_the_contract(name):
     assert "not covered" in " ".join(figure.__doc__.lower().split())
 
 
-# ---- claims
+# Claims
 
 
 def test_close_needs_every_tolerance():
-    close = lambda measured, **options: common.close("x", measured, 2.0, "here", **options).passed
+    def close(measured, **options):
+        return common.close("x", measured, 2.0, "here", **options).passed
+
     assert close(2.09, relative=0.05) and not close(2.11, relative=0.05)
     assert close(2.09, absolute=0.1) and not close(1.89, absolute=0.1)
-    assert close(2.3, error=0.1) and not close(2.4, error=0.1)  # 3.9 standard errors are LEVEL
-    assert close(2.4, error=0.1, dof=9) and not close(
-        2.7, error=0.1, dof=9
-    )  # an error from ten samples is worth less
+    # LEVEL is at 3.9 standard errors, and further out for an error from ten samples.
+    assert close(2.3, error=0.1) and not close(2.4, error=0.1)
+    assert close(2.4, error=0.1, dof=9) and not close(2.7, error=0.1, dof=9)
     assert not close(2.3, error=0.1, relative=0.05)
     assert close(2.09, error=1e-6, relative=0.05, asymptotic=True)
     assert not close(math.nan, error=1.0, relative=0.05)
@@ -88,18 +88,17 @@ def test_a_joint_test_has_its_level(dof):
     """True claims of 20 numbers fail no more often than LEVEL says; one number far off, or all a
     little, fail them."""
     rng = np.random.default_rng(0)
-    z = rng.standard_normal((4000, 20))
+    z = rng.standard_normal((2000, 20))
     if math.isfinite(dof):
         z /= np.sqrt(rng.chisquare(dof, z.shape) / dof)
     chi2 = [common.joint("x", row, 0.0, 1.0, "here", dof=dof) for row in z]
-    assert sum(not claim.passed for claim in chi2) <= 4  # 0.4 are expected
-    assert np.mean([claim.measured for claim in chi2]) == pytest.approx(1, abs=0.03)
+    assert sum(not claim.passed for claim in chi2) <= 4  # 0.2 are expected
+    assert np.mean([claim.measured for claim in chi2]) == pytest.approx(1, abs=0.04)
     far = np.zeros(20)
     far[3] = 8 if math.isinf(dof) else 5000
     assert not common.joint("x", far, 0.0, 1.0, "here", dof=dof).passed
-    assert not common.joint(
-        "x", np.full(20, 2.5 if math.isinf(dof) else 4.0), 0.0, 1.0, "here", dof=dof
-    ).passed
+    little = np.full(20, 2.5 if math.isinf(dof) else 4.0)
+    assert not common.joint("x", little, 0.0, 1.0, "here", dof=dof).passed
     assert not common.joint("x", np.array([0.0, np.nan]), 0.0, 1.0, "here", dof=dof).passed
 
 
@@ -116,7 +115,7 @@ def test_mean_error():
     np.testing.assert_allclose((mean, error), ([2, 2], [1, 0]))
 
 
-# ---- reproduce.py
+# reproduce.py
 
 
 class Toy:
@@ -172,9 +171,9 @@ def test_what_a_figure_raises_is_a_failure(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [1.0, 2.0])
 def test_the_command_reports_and_exits(toy, tmp_path, monkeypatch, capsys, value):
-    serial = lambda names, folder, jobs, **options: [
-        reproduce.reproduce(name, folder, **options) for name in names
-    ]
+    def serial(names, folder, jobs, **options):
+        return [reproduce.reproduce(name, folder, **options) for name in names]
+
     monkeypatch.setattr(reproduce, "run_all", serial)
     monkeypatch.setattr(
         toy,
@@ -187,10 +186,8 @@ def test_the_command_reports_and_exits(toy, tmp_path, monkeypatch, capsys, value
         out = capsys.readouterr().out
         assert (json.loads(out)["claims"] == 1) if json_flag else ("Nobody 2000" in out)
     summary = json.loads((tmp_path / "reproduce-2" / "claims.json").read_text())
-    assert (
-        summary["passed"] == (value == 1.0)
-        and summary["results"][0]["claims"][0]["measured"] == value
-    )
+    assert summary["passed"] == (value == 1.0)
+    assert summary["results"][0]["claims"][0]["measured"] == value
 
 
 def test_choosing_figures(toy):
