@@ -1,26 +1,38 @@
-"""What every model keeps; a new model is one line in the table of its test file."""
+"""What every model keeps; the table of the models is in test_models.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bounds import assert_rounding
 from gradjax.core.step import Scan, check_step, signals
 from gradjax.experiment import config, models, training
+from gradjax.experiment.tasks.graphs import communities
 from gradjax.spectrum.jacobian import jacobian_spectrum
 
+OUTPUTS = 5
 
-def build(name, num_outputs=10, per_step=False, **settings):
-    """The model of a checked config."""
+
+def settings_of(name, **settings):
+    """The checked `gradjax.config.Model` of this name."""
     values = {f"model.{key}": value for key, value in {"name": name, **settings}.items()}
     experiment = config.replace(config.Experiment(), values)
     config.check(experiment)
-    return models.build(experiment.model, num_outputs, per_step)
+    return experiment.model
+
+
+def build(name, num_outputs=OUTPUTS, per_step=False, **settings):
+    """The model of a checked config."""
+    return models.build(settings_of(name, **settings), num_outputs, per_step)
+
+
+def started(model, key, x):
+    """Variables in training mode, not compiled: call it inside jit or `eval_shape`."""
+    return model.init({"params": key, "dropout": key}, x, train=True)
 
 
 def init(model, key, x):
-    return jax.jit(lambda key, x: model.init({"params": key, "dropout": key}, x, train=True))(
-        key, x
-    )
+    return jax.jit(lambda key, x: started(model, key, x))(key, x)
 
 
 def apply(model, variables, x, key, train=True):
@@ -31,60 +43,89 @@ def apply(model, variables, x, key, train=True):
 
 def run(h, links):
     """The last state of a list of links."""
+
+    def stack(h, link):
+        return jax.lax.scan(lambda h, theta: (link.step(h, theta), None), h, link.thetas)[0]
+
     for link in links:
-        if isinstance(link, Scan):
-            h = jax.lax.scan(
-                lambda h, theta, step=link.step: (step(h, theta), None), h, link.thetas
-            )[0]
-        else:
-            h = link[0](h, link[1])
+        h = stack(h, link) if isinstance(link, Scan) else link[0](h, link[1])
     return h
 
 
-def check_contract(model, x, key, y=None, *, tolerance=1e-5):
-    """Shapes, jit, seeds under vmap, finite gradients, and links that are the network with finite
-    signals."""
-    variables = init(model, key, x)
+def example_of(model, key):
+    """A batch (x, y) of the first kind of data that the model takes: images, sequences, graphs."""
+    numbers = np.random.default_rng(0).normal(size=4 * 64).astype(np.float32)
+    kinds = (
+        lambda: numbers.reshape(4, 64),
+        lambda: numbers[: 4 * 6 * 3].reshape(4, 6, 3),
+        lambda: jax.jit(lambda key: communities(key, 3, nodes=8).x)(key),
+    )
+    keys, reasons = {"params": key, "dropout": key}, []
+    for kind in kinds:
+        x = jnp.asarray(kind())
+        try:
+            out = jax.eval_shape(lambda x: model.init_with_output(keys, x)[0], x)
+        except ValueError as reason:
+            reasons.append(str(reason))
+            continue
+        per_step = getattr(model, "per_step", False)
+        assert out.shape == (*x.shape[: 1 + per_step], OUTPUTS)
+        return x, jnp.asarray(np.arange(np.prod(out.shape[:-1])).reshape(out.shape[:-1]) % OUTPUTS)
+    raise AssertionError(f"no data for this model: {reasons}")
+
+
+def roundings(params):
+    """Roundings from the inputs to the logits: the terms of all sums, and 20 per parameter."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    kernels = [leaf for path, leaf in leaves if "kernel" in jax.tree_util.keystr(path)]
+    return sum(int(np.prod(leaf.shape[:-1])) for leaf in kernels) + 20 * len(leaves)
+
+
+def check_contract(model, x, key, y):
+    """Shapes in both modes, seeds under vmap in one program, finite gradients, and links that are
+    the network with finite signals.
+    """
     per_step = getattr(model, "per_step", False)
-    shape = (*x.shape[: 2 if per_step else 1], model.num_outputs)
-    y = jnp.zeros(shape[:-1], jnp.int32) if y is None else y
-    for train in (True, False):
-        assert apply(model, variables, x, key, train).shape == shape
 
-    def loss(params):
-        return training.loss_and_score(
-            apply(model, {**variables, "params": params}, x, key), y
-        ).loss
+    def everything(key):
+        variables = started(model, key, x)
 
-    gradients = jax.jit(jax.grad(loss))(variables["params"])
-    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
-    assert any(bool((g != 0).any()) for g in jax.tree.leaves(gradients))
-    keys = jax.random.split(key, 2)
-    seeds = jax.jit(jax.vmap(lambda key: apply(model, init(model, key, x), x, key)))(keys)
-    assert seeds.shape == (2, *shape) and not np.array_equal(seeds[0], seeds[1])
+        def loss(params):
+            return training.loss_and_score(
+                apply(model, {**variables, "params": params}, x, key), y
+            ).loss
 
-    h0, links = model.links(variables, x, key)
-    last, wanted = (y[:, -1] if per_step else y), apply(model, variables, x, key)
-    out = run(h0, links)
-    assert out.shape == (x.shape[0], model.num_outputs)
+        h0, links = model.links(variables, x, key)
+        last = y[:, -1] if per_step else y
+        seen = signals(links, h0, loss=lambda z: training.loss_and_score(z, last).loss)
+        assert seen.log_activation_rms.shape[0] == check_step(links, h0) + 1
+        return {
+            "params": variables["params"],
+            "train": apply(model, variables, x, key),
+            "test": apply(model, variables, x, key, train=False),
+            "gradients": jax.grad(loss)(variables["params"]),
+            "links": run(h0, links),
+            "cotangents": seen.log_cotangent_rms,
+        }
+
+    seen = jax.jit(jax.vmap(everything))(jax.random.split(key, 2))
+    shape = (2, *x.shape[: 1 + per_step], model.num_outputs)
+    assert seen["train"].shape == seen["test"].shape == shape
+    assert not np.array_equal(seen["train"][0], seen["train"][1])
+    gradients = [np.asarray(g) for g in jax.tree.leaves(seen["gradients"])]
+    assert all(np.isfinite(g).all() for g in gradients) and any((g != 0).any() for g in gradients)
+    assert np.isfinite(seen["cotangents"][:, 1:]).all()
+    assert seen["links"].shape == (2, x.shape[0], model.num_outputs)
     if getattr(model, "dropout", None) is None:  # its masks are drawn from other keys
-        np.testing.assert_allclose(
-            out, wanted[:, -1] if per_step else wanted, atol=tolerance, rtol=tolerance
-        )
-    loss = lambda logits: training.loss_and_score(logits, last).loss
-    seen = jax.jit(lambda h0: signals(links, h0, loss=loss))(
-        h0
-    )  # op by op it takes three times as long
-    assert seen.log_activation_rms.shape[0] == check_step(links, h0) + 1
-    assert bool(jnp.isfinite(seen.log_cotangent_rms[1:]).all())
+        wanted = seen["train"][:, :, -1] if per_step else seen["train"]
+        one_seed = jax.tree.map(lambda leaf: leaf[0], seen["params"])
+        assert_rounding(seen["links"], wanted, terms=roundings(one_seed))
 
 
 def check_spectrum(model, x, key):
-    """One example's states between input map and read-out have a spectrum, descending and of the
-    state's size."""
+    """The states of one example between input map and read-out have a descending spectrum."""
     variables = init(model, key, x)
     h0, links = model.links(variables, x[0], key)
-    h1 = run(h0, links[:1])
-    found = jacobian_spectrum(links[1:-1], h1)
-    values = np.asarray(found.log_singular_values)
+    h1 = jax.jit(lambda h0: run(h0, links[:1]))(h0)
+    values = np.asarray(jacobian_spectrum(links[1:-1], h1).log_singular_values)
     assert np.isfinite(values[0]) and np.all(np.diff(values[np.isfinite(values)]) <= 0)
