@@ -12,7 +12,7 @@ from jax import lax
 
 from gradjax import matrix_free
 from gradjax.core import scale
-from gradjax.diagnosis.evidence import Measurement
+from gradjax.diagnosis.probing import Measurement
 from gradjax.diagnosis.rules import Dynamics
 from gradjax.taps.probe import arrays_of, merger
 from gradjax.transforms import telemetry

@@ -16,7 +16,8 @@ import optax
 
 from gradjax.core.extras import needed_for
 from gradjax.diagnosis import dynamics, measurements, rules, words
-from gradjax.diagnosis.evidence import Evidence, Measurement
+from gradjax.diagnosis.evidence import Evidence
+from gradjax.diagnosis.probing import Measurement
 from gradjax.diagnosis.rules import Finding
 from gradjax.report import files
 

@@ -24,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import xarray as xr
 
-from gradjax.diagnosis.coordinate import _matched, coordinate_check
+from gradjax.diagnosis.coordinate import CoordinateCheck, coordinate_check, drifts, fitted
+from gradjax.diagnosis.coordinate_runs import LEAVES, VALUES, matched
 from gradjax.taps.names import tap
 from support import SCRIPTS
 
@@ -75,9 +77,11 @@ def linear(width, depth, key, learning_rate=0.1, std=None, dtype=jnp.float32):
 X = (jnp.ones((1, 4)),)
 
 
-# -- theory ----------------------------------------------------------------------------------------------
+# Theory
 
-CASES = [  # parametrisation, optimiser, learning rate; exponents of the change after one step: lower and upper bound
+# parametrisation, optimiser, learning rate; lower and upper bound of the exponents of the change
+# after one step; the verdict
+CASES = [
     (
         "ntk",
         "sgd",
@@ -249,7 +253,7 @@ def test_exponents_of_width_and_depth_together():
         assert abs(slope - value) < 3.5 * error
 
 
-# -- what is measured ------------------------------------------------------------------------------------
+# What is measured
 
 
 @pytest.mark.slow
@@ -275,6 +279,7 @@ def test_measurements_are_those_of_plain_training():
         weights = optax.apply_updates(weights, updates)
 
 
+@pytest.mark.slow
 def test_a_change_below_the_rounding_of_its_value_is_none():
     found = coordinate_check(lambda w, d, k: linear(w, d, k, 1e-9), (4, 8), 1, args=X, num_steps=1)
     assert np.isneginf(found.dataset["log_change_rms"]).all()
@@ -297,6 +302,7 @@ def test_half_precision_and_values_out_of_the_range_of_squares():
     assert np.isfinite(found.dataset["log_value_rms"]).all()
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_a_finding():
     def make_model(width, depth, key):
         loss_fn, params, _ = linear(width, depth, key)
@@ -311,35 +317,91 @@ def test_what_is_not_finite_is_a_finding():
     assert json.loads(found.to_json())["findings"][0]["exponent"] == "nan"
 
 
-def test_json_and_words():
-    found = coordinate_check(linear, (4, 8), 1, args=X, num_steps=2)
+def test_a_check_from_models_to_json_and_words():
+    found = coordinate_check(
+        linear, (4, 8), 2, args=X, num_steps=2, num_seeds=2, select=lambda name: name == "h1"
+    )
+    assert list(found.dataset["name"].values) == ["h1"]
     record = json.loads(found.to_json())
     assert record["ok"] is found.ok and record["verdict"] == found.verdict
     assert record["meta"]["width"] == [4, 8] and record["meta"]["tolerance"] == 0.25
     assert len(record["findings"]) == len(found.findings)
-    (row,) = (
-        row for row in record["exponents"] if row["quantity"] == "log_value_rms" and row["step"] == 0
-    )  # fmt: skip
-    assert row["exponent"] == pytest.approx(exponent(found, "value", "h0", 0)[0])
-    assert str(found).startswith(found.verdict) and "Exponents of width (4, 8; 4 seeds)" in str(
-        found
+    rows = record["exponents"]
+    at_creation = [row for row in rows if row["quantity"] == "log_value_rms" and row["step"] == 0]
+    assert [row["name"] for row in at_creation] == ["h1"]
+    expected = exponent(found, "value", "h1", 0)
+    assert at_creation[0]["exponent"] == pytest.approx(expected[0])
+    assert at_creation[0]["standard_error"] == pytest.approx(expected[1])
+    assert {row["name"] for row in rows if row["quantity"] == "log_update_rms"} == {"0", "1"}
+    assert str(found).startswith(found.verdict)
+    assert "Exponents of width (4, 8; 2 seeds)" in str(found)
+
+
+def made_up(exponents, widths=(4, 8), seeds=3, steps=3, noise=0.0):
+    """A check of measurements that follow exponents of width; a value's exponents are those of its
+    size at creation and of its change.
+    """
+    rng, names = np.random.default_rng(0), list(exponents)
+    log_width = np.log(np.array(widths))[:, None, None, None, None]
+    shape = (len(widths), 1, seeds, steps, len(names))
+    of_value, of_change = np.array(list(exponents.values())).T
+    logs = dict.fromkeys((*VALUES, *LEAVES), np.zeros(shape))
+    logs["log_value_rms"] = of_value * log_width + np.zeros(shape)
+    logs["log_change_rms"] = of_change * log_width + noise * rng.standard_normal(shape)
+    dims = ("width", "depth", "seed", "step")
+    variables = {name: ((*dims, "name"), logs[name].copy()) for name in VALUES}
+    variables |= {name: ((*dims, "leaf"), logs[name].copy()) for name in LEAVES}
+    variables["loss"] = (dims, np.zeros(shape[:-1]))
+    coords = {"width": list(widths), "depth": [1], "name": names, "leaf": names}
+    return xr.Dataset(variables, coords, {"left_out": ""})
+
+
+def judged(ds):
+    ds = fitted(ds, ["width"])
+    found, unclear = drifts(ds, 0.25)
+    ds.attrs |= {"unclear": ", ".join(unclear), "tolerance": 0.25}
+    return CoordinateCheck(ds, found)
+
+
+def test_exponents_become_a_verdict():
+    found = judged(made_up({"in": (0.0, -0.5), "hidden": (0.5, 0.0), "out": (-0.5, 0.0)}))
+    seen = [(x.verdict, x.quantity, x.name, x.step, round(x.exponent, 6)) for x in found.findings]
+    assert seen == [
+        ("explodes", "value", "hidden", 0, 0.5),
+        ("vanishes", "change", "in", 1, -0.5),
+    ]
+    assert found.verdict.startswith("The value of hidden after 0 updates goes as width^(+0.50 ±")
+    assert found.verdict.endswith("it explodes with width, and 1 more.")
+    assert judged(made_up({"in": (0.2, -0.2)})).ok
+
+
+def test_the_first_value_that_is_not_finite_is_the_first_finding():
+    ds = made_up({"in": (0.0, 0.0), "out": (0.5, 0.0)})
+    ds["log_update_rms"][1, 0, :, 0, 1] = np.inf
+    ds["log_value_rms"][1, 0, :, 1:, :] = np.nan
+    found = judged(ds)
+    first = found.findings[0]
+    assert (first.verdict, first.quantity, first.name, first.step, first.size) == (
+        "is not finite",
+        "update",
+        "out",
+        0,
+        "3 of 6 runs",
     )
+    assert "The update of out after 0 updates is not finite in 3 of 6 runs" in found.verdict
+    assert json.loads(found.to_json())["findings"][0]["exponent"] == "nan"
 
 
-def test_too_few_seeds_to_tell_is_said():
-    found = coordinate_check(linear, (4, 5), 1, args=X, num_steps=1, num_seeds=2)
-    slope, error = exponent(found, "change", "h0", 1)
-    assert abs(slope + 1) < 3 * error and abs(slope) < 3 * error  # theory says -1
-    assert found.ok and found.verdict.endswith(
-        "but h0 may not: more seeds or larger sizes would tell."
-    )
+def test_values_that_never_move_are_a_finding():
+    found = judged(made_up({"in": (0.0, -np.inf)}))
+    assert not found.ok and "does not move in every run" in found.verdict
+    assert "none" in str(found)
 
 
-def test_select_leaves_values_out():
-    found = coordinate_check(
-        linear, (4, 8), 2, args=X, num_steps=1, select=lambda name: name == "h1"
-    )
-    assert list(found.dataset["name"].values) == ["h1"]
+def test_too_few_seeds_to_decide_is_said():
+    found = judged(made_up({"in": (0.0, 0.0)}, widths=(4, 5), seeds=2, noise=0.3))
+    assert found.ok
+    assert found.verdict.endswith("but in may not: more seeds or larger sizes would show it.")
 
 
 @pytest.mark.slow
@@ -367,20 +429,20 @@ def test_names_are_matched_over_depths():
         *(f"b_{i}/{x}_{j}" for i in range(depth) for x in "ad" for j in range(2)),
         "out",
     ]
-    matched, left_out = _matched({depth: names(depth) for depth in (2, 4)})
+    labels, left_out = matched({depth: names(depth) for depth in (2, 4)})
     kinds = [f"b_*/{x}_{j}[{part}]" for x in "ad" for j in range(2) for part in ("middle", "last")]
-    assert list(matched) == ["in", *kinds, "out"] and not left_out
-    assert matched["b_*/d_1[middle]"] == {2: "b_0/d_1", 4: "b_1/d_1"}
-    assert matched["b_*/d_1[last]"] == {2: "b_1/d_1", 4: "b_3/d_1"}
-    matched, left_out = _matched({1: ["Dense_0", "only"], 3: ["Dense_0", "Dense_1", "Dense_2"]})
-    assert matched == {
+    assert list(labels) == ["in", *kinds, "out"] and not left_out
+    assert labels["b_*/d_1[middle]"] == {2: "b_0/d_1", 4: "b_1/d_1"}
+    assert labels["b_*/d_1[last]"] == {2: "b_1/d_1", 4: "b_3/d_1"}
+    labels, left_out = matched({1: ["Dense_0", "only"], 3: ["Dense_0", "Dense_1", "Dense_2"]})
+    assert labels == {
         "Dense_*[middle]": {1: "Dense_0", 3: "Dense_1"},
         "Dense_*[last]": {1: "Dense_0", 3: "Dense_2"},
     }
     assert left_out == ["only"]
 
 
-# -- bad input -------------------------------------------------------------------------------------------
+# Bad input
 
 
 def renamed(width, depth, key):
@@ -389,13 +451,13 @@ def renamed(width, depth, key):
 
 
 BAD = [
-    (linear, 8, 2, {}, "widths 8 and depths 2; two of one of them"),
-    (linear, (8,), [2], {}, "two of one of them"),
+    (linear, 8, 2, {}, "widths 8 and depths 2; at least two of one of them"),
+    (linear, (8,), [2], {}, "two of one of them are needed"),
     (linear, (8, 8), 2, {}, "different whole numbers"),
     (linear, (8, 2.5), 2, {}, "different whole numbers"),
     (linear, (8, 16), 0, {}, "different whole numbers"),
     (linear, (8, 16), 2, {"num_seeds": 1}, "no standard error"),
-    (linear, (8, 16), 2, {"num_steps": 0}, "one step"),
+    (linear, (8, 16), 2, {"num_steps": 0}, "at least one step"),
     (linear, (8, 16), 2, {"select": lambda name: False}, "keeps none of the values h0, h1"),
     (
         renamed,
@@ -433,7 +495,7 @@ def test_bad_input_is_one_clear_error(case):
         )
 
 
-# -- the script and the figure ---------------------------------------------------------------------------
+# The script and the figure
 
 
 @pytest.mark.slow

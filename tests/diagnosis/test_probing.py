@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 import gradjax
-from gradjax.diagnosis.evidence import Measurement
+from gradjax.diagnosis.probing import Measurement
 from gradjax.experiment import config, models
 from gradjax.taps import statistics as stats
 
