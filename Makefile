@@ -102,7 +102,7 @@ format: setup  ## let ruff rewrite what `make lint` would refuse
 	$(BIN)/ruff format .
 
 docs: $(DOCS_STAMP)  ## the docs site in site/; a warning or a dead link fails
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(BENCH_STAMP)  ## ratios against peers, one process each
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
