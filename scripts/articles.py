@@ -33,16 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reporting
-from article_claims import (
-    CLAIMS,
-    CONDITIONAL,
-    CONFIRMED,
-    REFUTED,
-    SMALL,
-    Run,
-    Size,
-    Verdict,
-)
+from article_claims import CLAIMS
+from article_numbers import CONDITIONAL, CONFIRMED, REFUTED, SMALL, Run, Size, Verdict
 
 import gradjax
 from gradjax.experiment import config, models, sweep, tasks, training

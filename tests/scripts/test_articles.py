@@ -9,7 +9,7 @@ import numpy as np
 import optimizers
 import pytest
 import reporting
-from article_claims import CONDITIONAL, CONFIRMED, REFUTED, SMALL, Run
+from article_numbers import CONDITIONAL, CONFIRMED, REFUTED, SMALL, Run, Verdict, best
 
 from gradjax.experiment import config, sweep
 from support import CONFIGS
@@ -56,7 +56,7 @@ def test_above_is_paired():
 
 def test_best_is_chosen_by_validation_not_by_test():
     good = run(0.5)._replace(validation=np.full(SEEDS, 0.9), rate=1.0)
-    assert claims.best([run(0.8), good]).rate == 1.0
+    assert best([run(0.8), good]).rate == 1.0
 
 
 # Verdicts on made-up numbers
@@ -237,8 +237,8 @@ def test_claims_from_end_to_end(tmp_path, capsys):
 
 def test_the_report_prints_every_claim(capsys):
     """Of made-up verdicts."""
-    rows = [claims.Row("all", 1.0, 0.5, 1.5)]
-    made = {name: claims.Verdict(REFUTED, "because", "nats", rows) for name in claims.CLAIMS}
+    rows = [reporting.Row("all", 1.0, 0.5, 1.5)]
+    made = {name: Verdict(REFUTED, "because", "nats", rows) for name in claims.CLAIMS}
     articles.print_report(made)
     out = capsys.readouterr().out
     assert all(name in out for name in claims.CLAIMS)

@@ -36,6 +36,7 @@ def test_formula_6_printed_values(report):
     """Tanh, sigma_b^2 = 0.05: all digits of q*, chi_1, c*, xi_c and of the critical point."""
     critical = float(meanfield.critical_sigma_w(SIGMA_B))
     at_critical = meanfield.phase_diagram(critical, SIGMA_B)
+    assert at_critical.chi_1 == pytest.approx(1.0, abs=1e-9)
     printed = [(critical**2, "1.76095"), (at_critical.q_star, "0.57005")]
     for w2, row in {
         1.0: ("0.1936", "0.7590", "1.000000", "3.627"),

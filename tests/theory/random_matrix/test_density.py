@@ -208,6 +208,7 @@ def test_formula_5_largest_eigenvalues():
         assert found == pytest.approx(math.log(1 + 1 / z) + s2 * z, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_finite_depth_tends_to_the_limit():
     depth, s2 = 4000, 1.5
     # not critical in sigma_0, close to it: mu_2 / mu_1^2 - 1 = s2 / L
