@@ -11,17 +11,17 @@ from gradjax.report.style import LOG10, STYLE, log_axis
 
 
 def coordinate_figure(ds: xr.Dataset, title: str = "", size: str = "") -> Figure:
-    """Four panels of a `gradjax.coordinate_check` dataset against width or depth, with the
-    exponents beside them.
+    """Four panels of a coordinate check against width or depth, with the exponents beside them.
 
-    Values at creation, their change after the first step (dashed) and the last (solid), gradient and update of every
-    parameter at the first step. Lines are medians over seeds, bands the range of all; the colours of values run
-    from the input to the output.
+    Values at creation, their change after the first step (dashed) and the last (solid), gradient
+    and update of every parameter at the first step. Lines are medians over seeds, bands the range
+    of all; the colours run from the input to the output.
 
     Args:
       ds: `CoordinateCheck.dataset`.
       title: the verdict, above the panels.
-      size: "width" or "depth", by default the first that varies; the other one is at its largest.
+      size: "width" or "depth", by default the first that varies; the other one is kept at its
+        largest.
     """
     size = size or str(ds["size"].values[0])
     ds = ds.isel({"depth" if size == "width" else "width": -1}).sel(size=size)
@@ -54,35 +54,27 @@ def coordinate_figure(ds: xr.Dataset, title: str = "", size: str = "") -> Figure
 
 
 def _coordinates(ax: Axes, ds: xr.Dataset, variable: str, step: int, size: str, style: str) -> None:
-    """A line per layer; of more than ten the legend names ten. What never changes has none."""
+    """A line per layer, none for a layer that never changes; the legend names ten at most."""
     from matplotlib import colormaps
 
     ds = ds.sel(step=step)
     dim = str(ds[f"slope_{variable}"].dims[0])
     labels = [str(label) for label in ds[dim].values]
-    named = (
-        set(np.linspace(0, len(labels) - 1, min(len(labels), 10)).round().astype(int))
-        if style == "-"
-        else ()
-    )
+    named: set[int] = set()
+    if style == "-":
+        named = set(np.linspace(0, len(labels) - 1, min(len(labels), 10)).round().astype(int))
+    sizes = ds[size].values
     for i, label in enumerate(labels):
         values = ds[variable].isel({dim: i}).transpose("seed", size).values
         if not np.isfinite(values).any():
             continue
         values = np.where(np.isfinite(values), values, np.nan) / LOG10
         color = colormaps["viridis"](0.9 * i / max(len(labels) - 1, 1))
-        slope = round(float(ds[f"slope_{variable}"][i]), 2) + 0.0  # no -0.00
-        text = f"{slope:+.2f}  {label.removeprefix('params/')}" if i in named else "_"
-        ax.plot(
-            ds[size].values,
-            np.median(values, axis=0),
-            style,
-            color=color,
-            marker="o",
-            ms=3,
-            lw=1.5,
-            label=text,
-        )
-        ax.fill_between(
-            ds[size].values, values.min(0), values.max(0), color=color, alpha=0.12, lw=0
-        )
+        text = "_"
+        if i in named:
+            # adding zero turns -0.0 into 0.0
+            slope = round(float(ds[f"slope_{variable}"][i]), 2) + 0.0
+            text = f"{slope:+.2f}  {label.removeprefix('params/')}"
+        middle = np.median(values, axis=0)
+        ax.plot(sizes, middle, style, color=color, marker="o", ms=3, lw=1.5, label=text)
+        ax.fill_between(sizes, values.min(0), values.max(0), color=color, alpha=0.12, lw=0)

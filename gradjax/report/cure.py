@@ -1,6 +1,4 @@
-"""The figure of `gradjax cure`: the ranking, learning curves, and gradient and spectrum before and
-after.
-"""
+"""The figure of `gradjax cure`: ranking, learning curves, gradient and spectrum."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +26,7 @@ from gradjax.report.style import (
 
 SHOWN = 16  # remedies in the ranking; the worst are left out
 CURVES = (GREEN, BLUE, "#cc79a7")  # of the best three
-SICK = ORANGE
+UNTREATED = ORANGE
 
 
 def cure_figure(
@@ -38,11 +36,10 @@ def cure_figure(
     after: xr.Dataset | None,
     title: str = "",
 ) -> Figure:
-    """Ranking on the left; on the right learning curves, gradient norm per layer, and the product's
-    spectrum.
+    """Ranking on the left; on the right learning curves, gradient norm and the product's spectrum.
 
     Args:
-      ranking: the rows of `gradjax.cure.ranked`, best first.
+      ranking: the rows of `gradjax.cure.search.rank`, best first.
       ds: results along `remedy`.
       before, after: `gradjax.experiment.measure` datasets of the untreated network and of the
         winner (None: none is better).
@@ -51,7 +48,7 @@ def cure_figure(
     untreated = next(row for row in ranking if row["remedy"] == "untreated")
     rows = [*[row for row in ranking if row["remedy"] != "untreated"][:SHOWN], untreated]
     best = [row["remedy"] for row in rows[:-1][: len(CURVES)]]
-    colors = dict(zip(best, CURVES, strict=False)) | {"untreated": SICK}
+    colors = dict(zip(best, CURVES, strict=False)) | {"untreated": UNTREATED}
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10.5, max(5.2, 2.0 + 0.27 * len(rows))), layout="constrained")
         grid = figure.add_gridspec(2, 3, width_ratios=(1.25, 1, 1))
@@ -67,33 +64,24 @@ def cure_figure(
 
 
 def _ranking(ax: Axes, rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
-    """Share of seeds that train with Wilson's interval, the best on top, the mean score beside
-    it.
-    """
+    """Fraction of seeds that train with Wilson's interval, the best on top, and the mean score."""
     y = np.arange(len(rows))[::-1]
     fraction = np.array([row["fraction"] for row in rows])
     low, high = np.array([row["fraction_interval"] for row in rows]).T
     color = [colors.get(row["remedy"], "#b5b5b5") for row in rows]
     ax.barh(y, fraction, color=color, height=0.7)
-    ax.errorbar(
-        fraction,
-        y,
-        xerr=np.clip([fraction - low, high - fraction], 0, None),
-        fmt="none",
-        ecolor="black",
-        lw=0.9,
-    )
+    interval = np.clip([fraction - low, high - fraction], 0, None)
+    ax.errorbar(fraction, y, xerr=interval, fmt="none", ecolor="black", lw=0.9)
     for place, row in zip(y, rows, strict=True):
-        text = f"{row['score']:.2f}" + (f"  {row['diverged']} lost" if row["diverged"] else "")
+        lost = f"  {row['diverged']} lost" if row["diverged"] else ""
+        text = f"{row['score']:.2f}{lost}"
         ax.text(1.04, place, text, va="center", fontsize=8.5, color=GREY)
-    ax.set_yticks(
-        y, [row["remedy"].replace("_", " ").replace("+", " +\n") for row in rows], fontsize=9
-    )
-    for label, row in zip(
-        ax.get_yticklabels(), rows, strict=True
-    ):  # the legend of the other panels
+    names = [row["remedy"].replace("_", " ").replace("+", " +\n") for row in rows]
+    ax.set_yticks(y, names, fontsize=9)
+    # the coloured names are the legend of the other panels
+    for label, row in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_color(colors.get(row["remedy"], "black"))
-    ax.set(title="Share of seeds that train", xlabel="share (95% interval); mean score beside it")
+    ax.set(title="Seeds that train", xlabel="fraction (95% interval); mean score beside it")
     ax.set(xlim=(0, 1.0), ylim=(-0.6, len(rows) - 0.4))
     ax.grid(axis="y", visible=False)
 
@@ -101,21 +89,14 @@ def _ranking(ax: Axes, rows: Sequence[Mapping[str, Any]], colors: Mapping[str, s
 def _scores(ax: Axes, ds: xr.Dataset, colors: Mapping[str, str]) -> None:
     for name, color in reversed(list(colors.items())):
         one = ds["validation_score"].sel(remedy=name).dropna("evaluation", how="all")
-        band(
-            ax,
-            one["evaluation"].values,
-            one.transpose("seed", ...).values,
-            color,
-            name.replace("_", " "),
-        )
+        scores = one.transpose("seed", ...).values
+        band(ax, one["evaluation"].values, scores, color, name.replace("_", " "))
     ax.axhline(ds.attrs["target"], color=GREY, lw=1, ls="--")
-    scores = ds["validation_score"].values
-    low = (
-        float(np.quantile(scores[np.isfinite(scores)], 0.02)) if np.isfinite(scores).any() else 0.0
-    )
-    ax.set(
-        title="Validation score (dashed: target)", xlabel="step", ylim=(max(low, -0.2) - 0.05, 1.03)
-    )
+    finite = ds["validation_score"].values
+    finite = finite[np.isfinite(finite)]
+    low = float(np.quantile(finite, 0.02)) if finite.size else 0.0
+    ax.set(title="Validation score (dashed: target)", xlabel="step")
+    ax.set_ylim(max(low, -0.2) - 0.05, 1.03)
 
 
 def _norms(ax: Axes, ds: xr.Dataset, colors: Mapping[str, str]) -> None:
@@ -130,27 +111,30 @@ def _norms(ax: Axes, ds: xr.Dataset, colors: Mapping[str, str]) -> None:
 
 
 def _layers(ax: Axes, before: xr.Dataset, after: xr.Dataset | None, winner: str) -> None:
-    """Gradient of each layer's parameters; where a recurrence is the whole depth, its state's
-    cotangent over time.
+    """Gradient of each layer's parameters; where the network is one recurrence, the cotangent of
+    its state over time.
     """
     over_time = before.sizes.get("layer", 0) < 2 and "log_time_cotangent_rms" in before
-    name, dim = ("log_time_cotangent_rms", "time") if over_time else ("log_gradient_norm", "layer")
-    for ds, color, label in ((before, SICK, "before"), (after, GREEN, winner.replace("_", " "))):
+    name, dim, title, xlabel = "log_gradient_norm", "layer", "Gradient per layer", "layer"
+    ylabel = r"norm $\|\partial\mathcal{L}/\partial\theta_l\|$"
+    if over_time:
+        name, dim, title, xlabel = "log_time_cotangent_rms", "time", "Gradient over time", "step"
+        ylabel = r"rms $\partial\mathcal{L}/\partial h_t$"
+    for ds, color, label in _compared(before, after, winner):
         if ds is not None and name in ds and ds.sizes[dim]:
             curve(ax, np.arange(1, ds.sizes[dim] + 1), ds, name, color, label)
-    of = (
-        r"rms $\partial\mathcal{L}/\partial h_t$"
-        if over_time
-        else r"norm $\|\partial\mathcal{L}/\partial\theta_l\|$"
-    )
-    title = "Gradient over time" if over_time else "Gradient per layer"
-    log_axis(ax, f"{title}, at the start", "step" if over_time else "layer", of)
+    log_axis(ax, f"{title}, at the start", xlabel, ylabel)
     ax.legend(fontsize=8)
+
+
+def _compared(before: xr.Dataset, after: xr.Dataset | None, winner: str) -> list[tuple]:
+    """(dataset, colour, label) of the two networks."""
+    return [(before, UNTREATED, "before"), (after, GREEN, winner.replace("_", " "))]
 
 
 def _spectra(ax: Axes, before: xr.Dataset, after: xr.Dataset | None, winner: str) -> None:
     drawn = False
-    for ds, color, label in ((before, SICK, "before"), (after, GREEN, winner.replace("_", " "))):
+    for ds, color, label in _compared(before, after, winner):
         if ds is not None and "log_singular_values" in ds:
             values = ds["log_singular_values"].values
             x = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
@@ -163,7 +147,7 @@ def _spectra(ax: Axes, before: xr.Dataset, after: xr.Dataset | None, winner: str
     for limit in FLOAT32:
         if low < limit < high:
             ax.axhline(limit, color=GREY, lw=1, ls="-.")
-    log_axis(ax, "Layer product $J$", "share of the index", "singular value")
+    log_axis(ax, "Layer product $J$", "fraction of the index", "singular value")
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     return None

@@ -1,6 +1,7 @@
-"""Figures from datasets; nothing is computed here but medians and quantiles over seeds.
+"""What the figures share: colours, sizes, axes of powers of ten, bands over seeds.
 
-`diagnosis_figure` is drawn for a page's full width and stays readable at one column's (half of it).
+Figures are drawn from datasets; nothing is computed here but medians and quantiles over seeds. They
+are drawn for a page's full width and stay readable at one column's (half of it).
 """
 
 import warnings
@@ -13,12 +14,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 LOG10 = np.log(10.0)
 FLOAT32 = (np.log(np.finfo(np.float32).tiny) / LOG10, np.log(np.finfo(np.float32).max) / LOG10)
-BLUE, ORANGE, GREEN, GREY = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#767676",
-)  # Okabe and Ito: safe for colour blindness
+# Okabe and Ito's colours, which colour-blind readers tell apart
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#767676"
 STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -33,8 +30,9 @@ STYLE: Any = {
 }
 
 
-def power(value: float, _position) -> str:
-    return rf"$10^{{{value:g}}}$"
+def power(exponent: float, _position: int) -> str:
+    """The label of a tick at 10^exponent."""
+    return rf"$10^{{{exponent:g}}}$"
 
 
 def curve(
@@ -65,18 +63,19 @@ def theory_band(ax: Axes, x: np.ndarray, ds: xr.Dataset, name: str, label: str =
 
 
 def log_axis(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Titles, and ticks at powers of ten, for curves that are drawn as logarithms."""
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     low, high = ax.get_ylim()
     middle = (low + high) / 2
-    ax.set_ylim(
-        min(low, middle - 1.1), max(high, middle + 1.1)
-    )  # two decades at the least: noise is no trend
+    # at least two decades, so that noise does not look like a trend
+    ax.set_ylim(min(low, middle - 1.1), max(high, middle + 1.1))
     ax.yaxis.set_major_formatter(FuncFormatter(power))
 
 
 def note(ax: Axes, title: str, text: str) -> None:
+    """A panel that says why it is empty."""
     ax.set(title=title, xticks=[], yticks=[])
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY)
 
@@ -84,7 +83,8 @@ def note(ax: Axes, title: str, text: str) -> None:
 def band(ax: Axes, x: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
     """Median over the first axis, with the band of the quartiles and the thin range of all."""
     values = np.where(np.isfinite(values), values, np.nan)
-    with warnings.catch_warnings():  # a column without a finite value has no quantile: a gap
+    # a column without a finite value has no quantile, which leaves a gap
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         low, first, middle, third, high = np.nanquantile(values, [0, 0.25, 0.5, 0.75, 1], axis=0)
     ax.fill_between(x, low, high, color=color, alpha=0.1, lw=0)

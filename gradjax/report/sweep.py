@@ -12,12 +12,12 @@ from gradjax.report.style import BLUE, STYLE
 
 
 def sweep_figure(ds: xr.Dataset, title: str = "") -> Figure:
-    """Final loss, share of seeds trained and share diverged over the plane of a sweep's two first
+    """Final loss, fraction of seeds trained and fraction diverged over a sweep's first two
     dimensions.
 
     Args:
-      ds: a dataset of `gradjax.sweep`. Over one dimension it draws lines; a third and further ones are drawn at their
-        best setting, which the title names.
+      ds: a dataset of `gradjax.sweep`. Over one dimension the panels have lines; a third and
+        further dimensions are kept at their best setting, which the title names.
       title: above the panels.
     """
     dims = [str(dim) for dim in ds["trained"].dims if dim != "seed"]
@@ -26,10 +26,9 @@ def sweep_figure(ds: xr.Dataset, title: str = "") -> Figure:
     diverged = (ds["diverged_at"] >= 0).astype(float).mean("seed")
     notes = ""
     if len(dims) > 2:
-        best = trained.stack(setting=dims).fillna(-1).argmax("setting")
-        chosen = {
-            dim: trained.stack(setting=dims).isel(setting=best)[dim].item() for dim in dims[2:]
-        }
+        stacked = trained.stack(setting=dims)
+        best = stacked.isel(setting=stacked.fillna(-1).argmax("setting"))
+        chosen = {dim: best[dim].item() for dim in dims[2:]}
         loss, trained, diverged = (x.sel(chosen) for x in (loss, trained, diverged))
         notes = " at " + ", ".join(f"{name} = {_short(value)}" for name, value in chosen.items())
     with plt.rc_context(STYLE):
@@ -37,8 +36,8 @@ def sweep_figure(ds: xr.Dataset, title: str = "") -> Figure:
         figure, axes = plt.subplots(1, 3, figsize=(width, 3.2), layout="constrained", sharex=True)
         shown = (
             (loss, "Median final loss"),
-            (trained, "Share trained"),
-            (diverged, "Share diverged"),
+            (trained, "Fraction trained"),
+            (diverged, "Fraction diverged"),
         )
         for ax, (values, name) in zip(axes, shown, strict=True):
             if len(dims) == 1:
@@ -56,33 +55,29 @@ def _short(value: Any) -> str:
 def _line_panel(ax: Axes, values: xr.DataArray, dim: str, name: str) -> None:
     ax.plot(np.arange(values.size), values.values, "o-", color=BLUE)
     ax.set(title=name, xlabel=dim)
-    ax.set_xticks(
-        np.arange(values.size), [_short(x) for x in values[dim].values.tolist()], rotation=45
-    )
-    if name.startswith("Share"):
+    labels = [_short(x) for x in values[dim].values.tolist()]
+    ax.set_xticks(np.arange(values.size), labels, rotation=45)
+    if name.startswith("Fraction"):
         ax.set_ylim(-0.05, 1.05)
 
 
 def _plane_panel(
     figure: Figure, ax: Axes, values: xr.DataArray, dims: list[str], name: str
 ) -> None:
-    """A heat map; the loss on a log scale, cut at ten times that of guessing nothing."""
+    """A heat map; the loss on a log scale of three decades at most, from the smallest one."""
     from matplotlib.colors import LogNorm
 
-    grid, fraction = values.transpose(*dims).values.astype(float), name.startswith("Share")
-    options: dict[str, Any] = {
-        "vmin": 0,
-        "vmax": 1,
-        "cmap": "viridis" if "trained" in name else "magma_r",
-    }
-    if not fraction:
+    grid = values.transpose(*dims).values.astype(float)
+    options: dict[str, Any]
+    if name.startswith("Fraction"):
+        options = {"vmin": 0, "vmax": 1, "cmap": "viridis" if "trained" in name else "magma_r"}
+    else:
         known = grid[np.isfinite(grid) & (grid > 0)]
         low = known.min() if known.size else 0.1
         high = min(known.max() if known.size else 1.0, 1e3 * low)
         options = {"norm": LogNorm(low, max(high, 2 * low)), "cmap": "viridis_r"}
-    image = ax.imshow(
-        np.where(np.isfinite(grid), grid, np.nan), origin="lower", aspect="auto", **options
-    )
+    finite = np.where(np.isfinite(grid), grid, np.nan)
+    image = ax.imshow(finite, origin="lower", aspect="auto", **options)
     ax.set_facecolor("#dddddd")
     for axis, dim in ((ax.yaxis, dims[0]), (ax.xaxis, dims[1])):
         ticks = values[dim].values.tolist()

@@ -30,37 +30,27 @@ def verdict_figure(
     A bar along an edge stands for what a logarithm cannot show: zeros below, inf and NaN above.
 
     Args:
-      ds: `Diagnosis.measurements`; without the dimension `time` there is no panel of it, and with it none of layers
-        where there is one layer alone.
-      marks: (dimension "layer" or "time", index, text) of what is to be pointed at, the first one
+      ds: `Diagnosis.measurements`. The panel over time needs the dimension `time`; with it, the
+        panels over layers need at least two layers.
+      marks: (dimension "layer" or "time", index, text) of the places to point at, the first one
         strongest.
       title: the verdict, above the panels.
     """
-    layers: Any = [["signals"], ["gradients"]]
-    over_time = "time" in ds.dims
-    panels: Any = layers
+    panels: Any = [["signals"], ["gradients"]]
     size = (7.4, 5.2)
-    if over_time:
-        one = ds.sizes["layer"] < 2
-        panels, size = (
-            ([["time"]], (7.4, 3.4)) if one else ([[*row, "time"] for row in layers], (10.4, 5.2))
-        )
+    if "time" in ds.dims:
+        if ds.sizes["layer"] < 2:
+            panels, size = [["time"]], (7.4, 3.4)
+        else:
+            panels, size = [[*row, "time"] for row in panels], (10.4, 5.2)
+    of_layers = [(i, text) for dim, i, text in marks if dim == "layer"]
+    of_time = [(i, text) for dim, i, text in marks if dim == "time"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(panels, figsize=size, layout="constrained")
         if "signals" in axes:
-            _layer_panels(
-                axes["signals"],
-                axes["gradients"],
-                ds,
-                [mark[1:] for mark in marks if mark[0] == "layer"],
-            )
+            _layer_panels(axes["signals"], axes["gradients"], ds, of_layers)
         if "time" in axes:
-            ax, x = axes["time"], np.arange(ds.sizes["time"])
-            _signals(ax, x, ds, "log_time_activation_rms", "log_time_cotangent_rms", "h_t")
-            ax.set_xlabel(
-                f"step $t$ of {_short_name(ds.attrs.get('recurrence', 'the recurrence'))}"
-            )
-            _mark(ax, [mark[1:] for mark in marks if mark[0] == "time"], len(x))
+            _time_panel(axes["time"], ds, of_time)
         if title:
             figure.suptitle(textwrap.fill(title, 80), fontsize=12)
     return figure
@@ -80,7 +70,17 @@ def _layer_panels(top: Axes, low: Axes, ds: xr.Dataset, marks: Sequence[tuple[in
     _names(low, names, [i for i, _ in marks])
 
 
+def _time_panel(ax: Axes, ds: xr.Dataset, marks: Sequence[tuple[int, str]]) -> None:
+    """Signals over the steps of the recurrence."""
+    x = np.arange(ds.sizes["time"])
+    _signals(ax, x, ds, "log_time_activation_rms", "log_time_cotangent_rms", "h_t")
+    name = _short_name(ds.attrs.get("recurrence", "the recurrence"))
+    ax.set_xlabel(f"step $t$ of {name}")
+    _mark(ax, marks, len(x))
+
+
 def line_style(x: np.ndarray) -> str:
+    """A line with dots where there are few enough points to see them."""
     return "-" if len(x) > 40 else ".-"
 
 
@@ -88,20 +88,10 @@ def _signals(
     ax: Axes, x: np.ndarray, ds: xr.Dataset, activation: str, cotangent: str, symbol: str
 ) -> None:
     curve(ax, x, ds, activation, BLUE, f"activation ${symbol}$", line_style(x))
-    curve(
-        ax,
-        x,
-        ds,
-        cotangent,
-        ORANGE,
-        rf"cotangent $\partial\mathcal{{L}}/\partial {symbol}$",
-        line_style(x),
-    )
-    _finish(
-        ax,
-        "rms per unit",
-        ((ds[activation], BLUE, "activation"), (ds[cotangent], ORANGE, "cotangent")),
-    )
+    label = rf"cotangent $\partial\mathcal{{L}}/\partial {symbol}$"
+    curve(ax, x, ds, cotangent, ORANGE, label, line_style(x))
+    shown = ((ds[activation], BLUE, "activation"), (ds[cotangent], ORANGE, "cotangent"))
+    _finish(ax, "rms per unit", shown)
 
 
 def _finish(ax: Axes, ylabel: str, shown: Sequence[tuple[xr.DataArray, str, str]]) -> None:
@@ -125,18 +115,9 @@ def _finish(ax: Axes, ylabel: str, shown: Sequence[tuple[xr.DataArray, str, str]
             rows[text] += 1
             ends = np.diff(np.concatenate([[0], found, [0]]))
             first, last = np.flatnonzero(ends == 1), np.flatnonzero(ends == -1)
-            options = {
-                "color": color,
-                "lw": 4,
-                "transform": ax.get_xaxis_transform(),
-                "label": f"{label}: {text}",
-            }
-            ax.hlines(
-                np.full(len(first), y if text == "zero" else 1 - y),
-                first - 0.4,
-                last - 0.6,
-                **options,
-            )
+            height = np.full(len(first), y if text == "zero" else 1 - y)
+            along = {"transform": ax.get_xaxis_transform(), "label": f"{label}: {text}"}
+            ax.hlines(height, first - 0.4, last - 0.6, color=color, lw=4, **along)
     ax.set_ylim(low - rows["zero"] * room, high + rows["inf or NaN"] * room)
     bottom, top = (0.06 * n for n in rows.values())
     if len(ax.get_legend_handles_labels()[1]) > 1 or bottom or top:
@@ -144,32 +125,39 @@ def _finish(ax: Axes, ylabel: str, shown: Sequence[tuple[xr.DataArray, str, str]
 
 
 def _mark(ax: Axes, marks: Sequence[tuple[int, str]], count: int, with_text: bool = True) -> None:
-    """A vertical line through each place, its text above the axes: on the lowest line that is free
-    there.
+    """A vertical line through each place, its text above the axes on the lowest line of text that
+    is free there.
     """
     texts: dict[int, list[str]] = {}
     for i, text in marks:
         texts.setdefault(i, []).append(text)
-    taken: list[tuple[int, float, float]] = []  # line, from, to
+    # (line, left end, right end) of the texts that are placed
+    taken: list[tuple[int, float, float]] = []
     for i, found in texts.items():
         color, text = GREY if taken else "black", ", ".join(found)
         ax.axvline(i, color=color, lw=1.2, ls=(0, (4, 2)), zorder=1.5)
-        side = "left" if i < count / 3 else "right" if i > 2 * count / 3 else "center"
-        width = 0.018 * len(text) * count  # of a letter: a generous guess
-        left = i - {"left": 0.0, "center": 0.5, "right": 1.0}[side] * width
-        line = next(
-            n
-            for n in range(len(texts))
-            if not any(n == m and left < b and a < left + width for m, a, b in taken)
-        )
+        side, before = "center", 0.5
+        if i < count / 3:
+            side, before = "left", 0.0
+        elif i > 2 * count / 3:
+            side, before = "right", 1.0
+        # a generous guess of the width of a letter
+        width = 0.018 * len(text) * count
+        left = i - before * width
+        crossed = {line for line, a, b in taken if left < b and a < left + width}
+        line = next(n for n in range(len(texts)) if n not in crossed)
         taken.append((line, left, left + width))
         if with_text:
-            spot = {
-                "xy": (i, 1),
-                "xycoords": ax.get_xaxis_transform(),
-                "textcoords": "offset points",
-            }
-            ax.annotate(text, xytext=(0, 4 + 13 * line), ha=side, color=color, fontsize=10, **spot)
+            ax.annotate(
+                text,
+                xy=(i, 1),
+                xycoords=ax.get_xaxis_transform(),
+                xytext=(0, 4 + 13 * line),
+                textcoords="offset points",
+                ha=side,
+                color=color,
+                fontsize=10,
+            )
 
 
 def _short_name(name: str) -> str:
@@ -177,23 +165,13 @@ def _short_name(name: str) -> str:
 
 
 def _names(ax: Axes, names: np.ndarray, marked: Sequence[int]) -> None:
-    """Names below the axis: twelve at most, evenly spaced, and bold those of the marked places."""
+    """Names below the axis: twelve at most, evenly spaced; those of the marked places in bold."""
     count = len(names)
-    gap = next(
-        step * power
-        for power in 10 ** np.arange(9)
-        for step in (1, 2, 5)
-        if step * power * 12 >= count
-    )
+    gaps = (step * power for power in 10 ** np.arange(9) for step in (1, 2, 5))
+    gap = next(gap for gap in gaps if gap * 12 >= count)
     spaced = [i for i in range(0, count, gap) if all(abs(i - j) > 0.6 * gap for j in marked)]
     shown = sorted({*marked, *spaced})
-    ax.set_xticks(
-        shown,
-        [_short_name(names[i]) for i in shown],
-        rotation=40,
-        ha="right",
-        rotation_mode="anchor",
-        fontsize=9,
-    )
+    labels = [_short_name(names[i]) for i in shown]
+    ax.set_xticks(shown, labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
     for i, label in zip(shown, ax.get_xticklabels(), strict=True):
         label.set_fontweight("bold" if i in marked else "normal")

@@ -31,8 +31,9 @@ class Case:
     """One labelled network. `pathology=None` is healthy; a None among the other labels is not
     judged.
 
-    `layer` counts hidden layers (or residual blocks) from 0, or time steps from 0 in a recurrent network, where
-    `depth` is the sequence's length. `source` says where a healthy set-up is published.
+    `layer` counts hidden layers (or residual blocks) from 0, or time steps from 0 in a recurrent
+    network, where `depth` is the sequence's length. `source` says where a healthy set-up is
+    published.
     """
 
     name: str

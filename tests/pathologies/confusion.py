@@ -1,7 +1,7 @@
 """The diagnosis tested as a medical test is: the confusion matrix over the labelled suite.
 
-    python tests/pathologies/confusion.py                   # all cases, two processes
-    python tests/pathologies/confusion.py --half set        # the half that thresholds were chosen on
+    python tests/pathologies/confusion.py              # all cases, two processes
+    python tests/pathologies/confusion.py --half set   # the half that thresholds were chosen on
     python tests/pathologies/confusion.py --only 'lstm|rnn' --json
 
 Thresholds were chosen while looking at the half `set`: the cases of `planted.py` and `healthy.py`

@@ -135,7 +135,8 @@ def transformer(
     """Blocks scanned over depth; wiring pre, post, nonorm, noskip (attention alone), noskip_mlp
     (both, no skips).
 
-    `temperature` divides the logits (default: sqrt of a head's width), `gain` multiplies value and MLP weights.
+    `temperature` divides the logits (default: sqrt of a head's width), `gain` multiplies value and
+    MLP weights.
     """
     heads, sizes = 4, {"up": (width, 2 * width), "down": (2 * width, width)}
     names = ("query", "key", "value", "out", "up", "down")

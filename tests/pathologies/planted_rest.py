@@ -1,4 +1,4 @@
-"""Planted sicknesses of numbers, data, paths, initial values and optimisers: the rest of
+"""Planted pathologies of numbers, data, paths, initial values and optimisers: the rest of
 `planted.PLANTED`."""
 
 from collections.abc import Callable
@@ -404,8 +404,8 @@ def _too_fast(seed: int, depth: int, base: Callable, num_steps: int = 0, **field
     """Gradient descent at four times the stable 2 / sharpness, the largest eigenvalue of the
     Hessian.
 
-    After `num_steps` of training, for at the start a cross-entropy's sharpness falls faster than it hurts; measured:
-    every one of these diverges within 20 steps.
+    It is measured after `num_steps` of training, since at the start a cross-entropy's sharpness
+    falls faster than it hurts. Every one of these diverges within 20 steps.
     """
     p = base(seed, depth, **fields)
     if num_steps:

@@ -1,4 +1,4 @@
-"""Planted sicknesses of units, skips, normalisation and attention: the rows of `planted.PLANTED` of
+"""Planted pathologies of units, skips, normalisation and attention: the rows of `planted.PLANTED` of
 that kind."""
 
 import flax.linen as nn
@@ -132,7 +132,8 @@ SATURATED = (
 def _bad_step(seed: int, depth: int, learning_rate: float) -> Problem:
     """One step of gradient descent, far too long, after which no unit is on for any example.
 
-    Pixels that are not centred and read-out weights of one sign: a target far below moves every unit down at once.
+    Pixels are not centred and read-out weights have one sign, so that a target far below moves
+    every unit down at once.
     """
     p = edit(linen.mlp(seed, depth), None, "readout.*kernel", jnp.abs)
     p = p._replace(args=(p.args[0] - p.args[0].min(), p.args[1]))

@@ -335,7 +335,8 @@ CASES = (
         architecture="rnn",
         depth=16,
         make=module(RNN, spirals(), binary, tx=adam),
-        source="equinox/docs/examples/train_rnn.ipynb as initialised: its log shows 110 steps at the loss of chance",
+        source="equinox/docs/examples/train_rnn.ipynb as initialised: its log shows 110 steps at "
+        "the loss of chance",
         **sick("vanishing_gradients", None, 15, "mild"),
     ),
     case(

@@ -74,7 +74,8 @@ CASES = (
         depth=3,
         make=linen(CNN(), digits(), tx=optax.adam(0.001)),
         position=conv_dense,
-        source="flax/examples/mnist's network as optax/examples/adversarial_training.ipynb trains it: Adam(0.001)",
+        source="flax/examples/mnist's network as optax/examples/adversarial_training.ipynb trains "
+        "it: Adam(0.001)",
     ),
     case(
         name="flax_mnist_cnn_trained",
@@ -225,7 +226,8 @@ CASES = (
         depth=24,
         make=linen(Decoder(24, causal=False, scan=True, block=blocks(norm="post")), text(8)),
         position=row,
-        source="flax/examples/lm1b's block with LayerNorm after the skip, 24 times, every token seeing every other",
+        source="flax/examples/lm1b's block with LayerNorm after the skip, 24 times, every token "
+        "seeing every other",
         **sick("rank_collapse", None, 0),
     ),
     case(
@@ -243,7 +245,8 @@ CASES = (
         depth=3,
         make=linen(Decoder(3, block=blocks(attention_fn=unscaled)), text(), sharper(2.0, 3)),
         position=block,
-        source="flax/examples/lm1b without 1 / sqrt(head_dim), and queries and keys twice too large",
+        source="flax/examples/lm1b without 1 / sqrt(head_dim), and queries and keys twice too "
+        "large",
         **sick("attention_logit_growth", "attention_scale", 0),
     ),
     case(

@@ -232,7 +232,8 @@ CASES = (
         make=plain(
             SIZES, data=digits(flat=True, dtype=np.float16), alter=half, tx=optax.adam(1e-3)
         ),
-        source="github.com/google-deepmind/optax/issues/1754: Adam's eps is 0 in float16, and so are some gradients",
+        source="github.com/google-deepmind/optax/issues/1754: Adam's eps is 0 in float16, and so "
+        "are some gradients",
         **sick("non_finite", "float_range"),
     ),
     case(
