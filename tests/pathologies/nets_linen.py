@@ -302,7 +302,7 @@ def rnn(seed: int, seq_len: int, cell: nn.Module, *, batch: int = 32, scale: flo
 
 
 class EncoderBlock(nn.Module):
-    """Attention and a two-layer MLP, wired `pre`, `post`, `noskip` (attention alone) or
+    """Attention and a two-layer MLP, wired `pre`, `post`, `noskip` (attention only) or
     `nonorm`."""
 
     width: int

@@ -197,7 +197,7 @@ def rnn(
 
 
 class EncoderBlock(nnx.Module):
-    """Attention and a two-layer MLP, wired `pre`, `post` or `noskip` (attention alone)."""
+    """Attention and a two-layer MLP, wired `pre`, `post` or `noskip` (attention only)."""
 
     def __init__(self, width, wiring, rngs):
         self.attn = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)

@@ -132,7 +132,7 @@ def transformer(
     gain: float = 1.0,
     batch: int = 16,
 ):
-    """Blocks scanned over depth; wiring pre, post, nonorm, noskip (attention alone), noskip_mlp
+    """Blocks scanned over depth; wiring pre, post, nonorm, noskip (attention only), noskip_mlp
     (both, no skips).
 
     `temperature` divides the logits (default: sqrt of a head's width), `gain` multiplies value and

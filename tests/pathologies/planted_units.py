@@ -1,4 +1,4 @@
-"""Planted pathologies of units, skips, normalisation and attention: the rows of `planted.PLANTED` of
+"""Planted pathologies of units, skips, normalisation and attention: rows of `planted.PLANTED` of
 that kind."""
 
 import flax.linen as nn
@@ -42,7 +42,7 @@ def logits(cause: str, layer: int, severity: str):
 critical_tanh = {"act": jnp.tanh, "kernel": orthogonal(1.0)}
 
 SATURATED = (
-    # biases of 6 leave a slope of 2.5e-5: the guilty layer alone costs 10 nats
+    # biases of 6 leave a slope of 2.5e-5: the one layer costs 10 nats by itself
     planted(
         "tanh_bias",
         "linen",

@@ -160,7 +160,7 @@ def edit(function, head, *rest):
     )
 
 
-def sick(pathology, cause=None, layer=None, severity="severe"):
+def labelled(pathology, cause=None, layer=None, severity="severe"):
     """The labels of a `Case`; a cause or a layer of None is not judged."""
     return {"pathology": pathology, "cause": cause, "layer": layer, "severity": severity}
 

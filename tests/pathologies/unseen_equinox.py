@@ -13,10 +13,10 @@ from pathologies.case import Case
 from pathologies.unseen_data import (
     cross_entropy,
     digits,
+    labelled,
     module,
     numbered,
     sentiment,
-    sick,
     spirals,
 )
 
@@ -337,7 +337,7 @@ CASES = (
         make=module(RNN, spirals(), binary, tx=adam),
         source="equinox/docs/examples/train_rnn.ipynb as initialised: its log shows 110 steps at "
         "the loss of chance",
-        **sick("vanishing_gradients", None, 15, "mild"),
+        **labelled("vanishing_gradients", None, 15, "mild"),
     ),
     case(
         name="equinox_mlp_default_20",
@@ -345,7 +345,7 @@ CASES = (
         depth=20,
         make=module(mlp(20), flat, mapped),
         source="eqx.nn.MLP(depth=20): the default weights have a third of LeCun's variance",
-        **sick("vanishing_gradients", "weights_too_small", 19),
+        **labelled("vanishing_gradients", "weights_too_small", 19),
     ),
     case(
         name="equinox_one_layer_large",
@@ -355,7 +355,7 @@ CASES = (
             mlp(8), flat, mapped, weights(lambda model: model.layers[5].weight, lambda w: 1e4 * w)
         ),
         source="eqx.nn.MLP(depth=8), one of whose layers was initialised 10,000 times too large",
-        **sick("exploding_gradients", "weights_too_large", 5),
+        **labelled("exploding_gradients", "weights_too_large", 5),
     ),
     case(
         name="equinox_mnist_bytes",
@@ -364,7 +364,7 @@ CASES = (
         make=module(CNN, digits(channels_first=True, scale=255.0), mapped),
         position=cnn_position,
         source="equinox/docs/examples/mnist.ipynb without its normalisation: bytes into a sigmoid",
-        **sick("saturated_units", "input_scale", 1),
+        **labelled("saturated_units", "input_scale", 1),
     ),
     case(
         name="equinox_vit_no_skip",
@@ -373,7 +373,7 @@ CASES = (
         make=module(lambda seed: ViT(seed, 8, skip=False), image, mapped),
         position=block,
         source="equinox/docs/examples/vision_transformer.ipynb without its skips",
-        **sick("rank_collapse", None, 0),
+        **labelled("rank_collapse", None, 0),
     ),
     case(
         name="equinox_tanh_rnn_gain_3",
@@ -381,7 +381,7 @@ CASES = (
         depth=80,
         make=tanh_rnn(3.0, 80),
         source="equinox/docs/examples/train_rnn.ipynb with a tanh cell of recurrent gain 3",
-        **sick("exploding_gradients", "weights_too_large", 79),
+        **labelled("exploding_gradients", "weights_too_large", 79),
     ),
     case(
         name="equinox_tanh_rnn_gain_03",
@@ -389,6 +389,6 @@ CASES = (
         depth=32,
         make=tanh_rnn(0.3, 32),
         source="equinox/docs/examples/train_rnn.ipynb with a tanh cell of recurrent gain 0.3",
-        **sick("vanishing_gradients", "weights_too_small", 31),
+        **labelled("vanishing_gradients", "weights_too_small", 31),
     ),
 )

@@ -211,7 +211,7 @@ def sharper(factor, depth):
 
 
 class TextClassifier(nn.Module):
-    """Embedding, bidirectional LSTM, attention over the keys alone, a tanh MLP."""
+    """Embedding, bidirectional LSTM, attention over the keys only, a tanh MLP."""
 
     hidden: int = 32
 

@@ -11,12 +11,12 @@ from pathologies.case import Case
 from pathologies.unseen_data import (
     digits,
     edit,
+    labelled,
     linen,
     numbered,
     order,
     row,
     sentiment,
-    sick,
     spirals,
     text,
 )
@@ -145,7 +145,7 @@ CASES = (
         depth=10,
         make=linen(MLP(10, kernel_init=normal(1.0)), flat),
         source="nn.Dense(64, kernel_init=normal(1.0)) ten times",
-        **sick("exploding_gradients", "weights_too_large", 9),
+        **labelled("exploding_gradients", "weights_too_large", 9),
     ),
     case(
         name="linen_sigmoid_20",
@@ -153,7 +153,7 @@ CASES = (
         depth=20,
         make=linen(MLP(20, act=nn.sigmoid), flat),
         source="twenty layers of sigmoid with the default weights",
-        **sick("vanishing_gradients", "activation_slope", 19),
+        **labelled("vanishing_gradients", "activation_slope", 19),
     ),
     case(
         name="linen_sigmoid_6",
@@ -161,7 +161,7 @@ CASES = (
         depth=6,
         make=linen(MLP(6, act=nn.sigmoid), flat),
         source="six layers of sigmoid with the default weights",
-        **sick("vanishing_gradients", "activation_slope", 5, "mild"),
+        **labelled("vanishing_gradients", "activation_slope", 5, "mild"),
     ),
     case(
         name="linen_tanh_bytes",
@@ -169,7 +169,7 @@ CASES = (
         depth=4,
         make=linen(MLP(4, act=nn.tanh), digits(scale=255.0, flat=True)),
         source="pixels of 0 to 255 into tanh",
-        **sick("saturated_units", "input_scale", 0),
+        **labelled("saturated_units", "input_scale", 0),
     ),
     case(
         name="flax_sst2_embedding_1000",
@@ -179,7 +179,7 @@ CASES = (
             TextClassifier(), sentiment(), edit(lambda table: 1000 * table, "Embed_0", "embedding")
         ),
         source="flax/examples/sst2 with embeddings 1,000 times too large: every gate saturates",
-        **sick("saturated_units"),
+        **labelled("saturated_units"),
     ),
     case(
         name="linen_lstm_60_steps",
@@ -191,7 +191,7 @@ CASES = (
             loss=lambda z, y: optax.sigmoid_binary_cross_entropy(z, y).mean(),
         ),
         source="nn.LSTMCell, whose forget bias is 0, over 60 steps, read at the last",
-        **sick("vanishing_gradients", None, 59),
+        **labelled("vanishing_gradients", None, 59),
     ),
     case(
         name="flax_mnist_dead_conv",
@@ -200,7 +200,7 @@ CASES = (
         make=linen(CNN(), digits(), edit(lambda bias: bias - 10, "Conv_1", "bias")),
         position=conv_dense,
         source="flax/examples/mnist with biases of -10 in the second convolution",
-        **sick("dead_units", "bias", 1),
+        **labelled("dead_units", "bias", 1),
     ),
     case(
         name="flax_resnet_no_skip",
@@ -209,7 +209,7 @@ CASES = (
         make=resnet(ResNet((24,), skip=False)),
         position=plain_conv,
         source="flax/examples/imagenet without its skips, 49 convolutions",
-        **sick("batchnorm_explosion", "batchnorm", 48),
+        **labelled("batchnorm_explosion", "batchnorm", 48),
     ),
     case(
         name="flax_resnet_no_norm",
@@ -218,7 +218,7 @@ CASES = (
         make=resnet(ResNet((24,), norm=False, kernel_init=he_normal())),
         position=residual_block,
         source="flax/examples/imagenet without its BatchNorm, 24 blocks",
-        **sick("residual_growth", "unscaled_residual", 0, "mild"),
+        **labelled("residual_growth", "unscaled_residual", 0, "mild"),
     ),
     case(
         name="flax_post_ln_24",
@@ -228,7 +228,7 @@ CASES = (
         position=row,
         source="flax/examples/lm1b's block with LayerNorm after the skip, 24 times, every token "
         "seeing every other",
-        **sick("rank_collapse", None, 0),
+        **labelled("rank_collapse", None, 0),
     ),
     case(
         name="flax_lm1b_no_skip",
@@ -237,7 +237,7 @@ CASES = (
         make=linen(Decoder(8, causal=False, block=blocks(skip=False)), text(8)),
         position=block,
         source="flax/examples/lm1b's block without its skips",
-        **sick("rank_collapse", None, 0),
+        **labelled("rank_collapse", None, 0),
     ),
     case(
         name="flax_lm1b_unscaled_logits",
@@ -247,7 +247,7 @@ CASES = (
         position=block,
         source="flax/examples/lm1b without 1 / sqrt(head_dim), and queries and keys twice too "
         "large",
-        **sick("attention_logit_growth", "attention_scale", 0),
+        **labelled("attention_logit_growth", "attention_scale", 0),
     ),
     case(
         name="linen_constant_init",
@@ -255,7 +255,7 @@ CASES = (
         depth=3,
         make=linen(MLP(3, kernel_init=constant(0.02)), flat),
         source="nn.Dense(64, kernel_init=constant(0.02)) three times",
-        **sick("symmetric_units", "identical_init", 0),
+        **labelled("symmetric_units", "identical_init", 0),
     ),
     case(
         name="flax_mnist_stop_gradient",
@@ -264,7 +264,7 @@ CASES = (
         make=linen(CNN(stop=True), digits()),
         position=conv_dense,
         source="flax/examples/mnist with a stop_gradient left before its dense layers",
-        **sick("untrained_layer", "no_path", 0),
+        **labelled("untrained_layer", "no_path", 0),
     ),
     case(
         name="flax_vae_rounded",
@@ -273,7 +273,7 @@ CASES = (
         make=linen(VAE(hard=True), pairs(flat), loss=reconstruction),
         position=autoencoder,
         source="flax/examples/vae with rounded codes, no straight-through estimator and no KL term",
-        **sick("untrained_layer", "no_path", 0),
+        **labelled("untrained_layer", "no_path", 0),
     ),
     case(
         name="linen_half_loss",
@@ -281,7 +281,7 @@ CASES = (
         depth=3,
         make=linen(MLP(3, dtype=jnp.float16), pairs(flat), loss=brightness),
         source="a squared error past 65,504 in float16",
-        **sick("non_finite", "float_range"),
+        **labelled("non_finite", "float_range"),
     ),
     case(
         name="flax_mnist_rate_100",
@@ -290,7 +290,7 @@ CASES = (
         make=linen(CNN(), digits(), tx=optax.sgd(100.0, momentum=0.9)),
         position=conv_dense,
         source="flax/examples/mnist with a learning rate 1,000 times too large",
-        **sick("unstable_step_size", "learning_rate"),
+        **labelled("unstable_step_size", "learning_rate"),
     ),
     case(
         name="linen_mlp_rate_30",
@@ -298,7 +298,7 @@ CASES = (
         depth=2,
         make=linen(MLP(2), flat, learning_rate=30.0),
         source="gradient descent at a rate of 30",
-        **sick("unstable_step_size", "learning_rate"),
+        **labelled("unstable_step_size", "learning_rate"),
     ),
     case(
         name="flax_mnist_clip_1e-6",
@@ -307,6 +307,6 @@ CASES = (
         make=linen(CNN(), digits(), tx=optax.chain(optax.clip_by_global_norm(1e-6), momentum)),
         position=conv_dense,
         source="flax/examples/mnist with gradients clipped at 0.000001",
-        **sick("clipping_always", "clipping_threshold"),
+        **labelled("clipping_always", "clipping_threshold"),
     ),
 )

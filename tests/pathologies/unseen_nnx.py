@@ -11,7 +11,16 @@ from flax import nnx
 from flax.nnx import initializers
 
 from pathologies.case import Case
-from pathologies.unseen_data import cross_entropy, digits, module, numbered, order, row, sick, text
+from pathologies.unseen_data import (
+    cross_entropy,
+    digits,
+    labelled,
+    module,
+    numbered,
+    order,
+    row,
+    text,
+)
 from pathologies.unseen_linen import pairs, pool
 
 
@@ -230,7 +239,7 @@ CASES = (
         make=nnx_make(lambda rngs: ScanMLP(60, rngs), digits(64, flat=True)),
         position=row,
         source="the same with 60 layers: BatchNorm without skips",
-        **sick("batchnorm_explosion", "batchnorm", 59),
+        **labelled("batchnorm_explosion", "batchnorm", 59),
     ),
     case(
         name="nnx_stddev_036",
@@ -238,7 +247,7 @@ CASES = (
         depth=12,
         make=nnx_make(lambda rngs: MLP(12, rngs, init=initializers.normal(0.36)), flat),
         source="an MLP of normal(0.36) weights, twice He's",
-        **sick("exploding_gradients", "weights_too_large", 11, "mild"),
+        **labelled("exploding_gradients", "weights_too_large", 11, "mild"),
     ),
     case(
         name="nnx_one_layer_small",
@@ -246,7 +255,7 @@ CASES = (
         depth=6,
         make=nnx_make(lambda rngs: MLP(6, rngs, init=he), flat, scale(3, 1e-4)),
         source="an MLP of He's weights, one of whose layers was initialised 10,000 times too small",
-        **sick("vanishing_gradients", "weights_too_small", 3),
+        **labelled("vanishing_gradients", "weights_too_small", 3),
     ),
     case(
         name="nnx_all_dead",
@@ -254,7 +263,7 @@ CASES = (
         depth=4,
         make=nnx_make(lambda rngs: MLP(4, rngs, bias=-10.0), flat),
         source="biases of -10 before every ReLU",
-        **sick("dead_units", "bias", 0),
+        **labelled("dead_units", "bias", 0),
     ),
     case(
         name="nnx_tanh_bias_8",
@@ -262,7 +271,7 @@ CASES = (
         depth=4,
         make=nnx_make(lambda rngs: MLP(4, rngs, act=nnx.tanh, bias=8.0), flat),
         source="biases of 8 before every tanh",
-        **sick("saturated_units", "bias", 0),
+        **labelled("saturated_units", "bias", 0),
     ),
     case(
         name="nnx_conv_unused",
@@ -271,7 +280,7 @@ CASES = (
         make=nnx_make(lambda rngs: CNN(rngs, unused=True), digits()),
         position=conv_linear,
         source="the MNIST tutorial, whose second convolution's output goes nowhere",
-        **sick("untrained_layer", "no_path", 1),
+        **labelled("untrained_layer", "no_path", 1),
     ),
     case(
         name="nnx_nan_weight",
@@ -279,7 +288,7 @@ CASES = (
         depth=4,
         make=nnx_make(lambda rngs: MLP(4, rngs, init=he), flat, nan_weight),
         source="one NaN among the weights",
-        **sick("non_finite", "bad_parameter", 2),
+        **labelled("non_finite", "bad_parameter", 2),
     ),
     case(
         name="nnx_sharp_attention",
@@ -288,7 +297,7 @@ CASES = (
         make=nnx_make(lambda rngs: NanoLM(3, rngs), text(), sharpen(6.0)),
         position=block,
         source="optax/examples/nanolm.ipynb with queries and keys six times too large",
-        **sick("attention_logit_growth", "weights_too_large", 0),
+        **labelled("attention_logit_growth", "weights_too_large", 0),
     ),
     case(
         name="nnx_residual_50",
@@ -296,7 +305,7 @@ CASES = (
         depth=50,
         make=nnx_make(lambda rngs: MLP(50, rngs, skip=True, init=he), flat),
         source="x + relu(W x) fifty times, with neither normalisation nor scaling",
-        **sick("residual_growth", "unscaled_residual", 0),
+        **labelled("residual_growth", "unscaled_residual", 0),
     ),
     case(
         name="nnx_adamw_rate_2",
@@ -305,7 +314,7 @@ CASES = (
         make=nnx_make(lambda rngs: NanoLM(3, rngs), text(), tx=optax.adamw(2.0)),
         position=block,
         source="optax/examples/nanolm.ipynb with a learning rate 1,000 times too large",
-        **sick("unstable_step_size", "learning_rate"),
+        **labelled("unstable_step_size", "learning_rate"),
     ),
     case(
         name="nnx_clip_at_a_million",
@@ -318,6 +327,6 @@ CASES = (
         ),
         position=block,
         source="optax/examples/nanolm.ipynb with a threshold that no gradient reaches",
-        **sick("clipping_never", "clipping_threshold", severity="mild"),
+        **labelled("clipping_never", "clipping_threshold", severity="mild"),
     ),
 )

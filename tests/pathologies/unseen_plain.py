@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from pathologies.case import Case
-from pathologies.unseen_data import cross_entropy, digits, finish, sick
+from pathologies.unseen_data import cross_entropy, digits, finish, labelled
 
 
 def dense(key, sizes, stddev=None):
@@ -175,56 +175,56 @@ CASES = (
         depth=10,
         make=plain((256, *10 * (128,), 10), stddev=0.01),
         source="the same weights of 0.01 in a network of ten hidden layers",
-        **sick("vanishing_gradients", "weights_too_small", 9),
+        **labelled("vanishing_gradients", "weights_too_small", 9),
     ),
     case(
         name="plain_weights_unscaled",
         depth=44,
         make=plain((256, *44 * (256,), 10), stddev=1.0),
         source="jax.random.normal(key, (m, n)) as it comes, 44 layers: overflows float32",
-        **sick("exploding_activations", "weights_too_large", 36),
+        **labelled("exploding_activations", "weights_too_large", 36),
     ),
     case(
         name="plain_sigmoid_unscaled",
         depth=3,
         make=plain((256, 512, 512, 512, 10), stddev=1.0, act=jax.nn.sigmoid),
         source="jax.random.normal(key, (m, n)) as it comes, before a sigmoid",
-        **sick("saturated_units", "weights_too_large", 0),
+        **labelled("saturated_units", "weights_too_large", 0),
     ),
     case(
         name="plain_log_of_softmax",
         depth=2,
         make=plain(SIZES, log_of_softmax(0.002)),
         source="log(softmax(logits / 0.002)), as in many an issue about a NaN loss",
-        **sick("non_finite", "invalid_operation"),
+        **labelled("non_finite", "invalid_operation"),
     ),
     case(
         name="plain_where_after_log",
         depth=2,
         make=plain(SIZES, masked_entropy),
         source="JAX documentation, FAQ: gradients contain NaN where using where",
-        **sick("non_finite", "invalid_operation"),
+        **labelled("non_finite", "invalid_operation"),
     ),
     case(
         name="plain_norm_of_zero",
         depth=2,
         make=plain(SIZES, triplet),
         source="github.com/jax-ml/jax/issues/3058: the derivative of the norm at 0",
-        **sick("non_finite", "invalid_operation"),
+        **labelled("non_finite", "invalid_operation"),
     ),
     case(
         name="plain_zero_deviation",
         depth=2,
         make=plain(SIZES, data=digits(flat=True), before=standardise),
         source="features divided by a standard deviation of 0, as in neural-lam's issue 136",
-        **sick("non_finite", "invalid_operation"),
+        **labelled("non_finite", "invalid_operation"),
     ),
     case(
         name="plain_nan_pixel",
         depth=2,
         make=plain(SIZES, data=with_nan),
         source="one NaN in the batch",
-        **sick("non_finite", "bad_data"),
+        **labelled("non_finite", "bad_data"),
     ),
     case(
         name="plain_half_adam",
@@ -234,7 +234,7 @@ CASES = (
         ),
         source="github.com/google-deepmind/optax/issues/1754: Adam's eps is 0 in float16, and so "
         "are some gradients",
-        **sick("non_finite", "float_range"),
+        **labelled("non_finite", "float_range"),
     ),
     case(
         name="plain_loss_scale_2_74",
@@ -243,20 +243,20 @@ CASES = (
             SIZES, scaled_loss(74), tx=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
         ),
         source="a dynamic loss scale that went on doubling in float32",
-        **sick("norm_overflow", "float_range"),
+        **labelled("norm_overflow", "float_range"),
     ),
     case(
         name="plain_adam_poisoned",
         depth=2,
         make=poisoned(optax.adam(1e-3), jnp.inf),
         source="Adam after one gradient whose square overflowed: every later update is 0",
-        **sick("frozen_optimizer", "optimizer_state"),
+        **labelled("frozen_optimizer", "optimizer_state"),
     ),
     case(
         name="plain_warmup_of_no_steps",
         depth=2,
         make=plain(SIZES, tx=optax.adam(optax.linear_schedule(0.0, 1e-3, transition_steps=0))),
         source="Optax keeps a schedule of 0 transition steps at its first value, here 0",
-        **sick("frozen_optimizer", "learning_rate"),
+        **labelled("frozen_optimizer", "learning_rate"),
     ),
 )
