@@ -49,7 +49,12 @@ def test_formula_6_printed_values(report):
     for found, text in printed:
         report(f"formula 6, printed value: {text}", abs(float(found) - float(text)))
         assert f"{float(found):.{len(text.partition('.')[2])}f}" == text
-    on_the_line = meanfield.critical_line(at_critical.q_star)
+
+
+@pytest.mark.slow
+def test_the_critical_line_is_the_critical_point():
+    critical = meanfield.critical_sigma_w(SIGMA_B)
+    on_the_line = meanfield.critical_line(meanfield.q_star(critical, SIGMA_B))
     np.testing.assert_allclose(on_the_line, [critical, SIGMA_B], rtol=1e-10)
 
 
@@ -191,6 +196,7 @@ def test_the_functions_give_what_the_diagram_gives():
     assert np.isinf(meanfield.q_star(2.0, 0.1, "gelu"))
 
 
+@pytest.mark.slow
 def test_q0_chooses_between_two_limits():
     """A cubic: short signals die away, long ones grow."""
 
