@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gradjax.cli import cache
+from gradjax.core.extras import needed_for
 from gradjax.experiment import config
 from gradjax.experiment.schema import Command, Experiment
 
@@ -281,11 +282,6 @@ def _run(name: str, args: Sequence[str]) -> int:
 
         tables.list_remedies()
         return 0
-    if NO_CACHE & set(args):
-        args = [word for word in args if word not in NO_CACHE]
-    else:
-        # Before JAX is imported, which reads the setting once.
-        cache.turn_on()
     experiment, options = config.parse(args, command)
     if name != "sweep" and any(config.sweep_tables(options.config)):
         print(
@@ -302,7 +298,8 @@ def _run(name: str, args: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = [word for word in given if word not in NO_CACHE]
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -312,8 +309,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"gradjax {gradjax.__version__}")
         return 0
+    if args == given and not {"-h", "--help"} & set(args):
+        # Before JAX is imported, which reads the setting once.
+        cache.turn_on()
     try:
-        return _run(args[0], args[1:])
+        with needed_for(f"gradjax {args[0]}"):
+            return _run(args[0], args[1:])
+    except ImportError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        # A package of the extra `lab` is missing, and the message says how to install it.
+        print(error, file=sys.stderr)
     except ValueError as error:  # config and data errors, and the checks before tracing
         print(error, file=sys.stderr)
     except OSError as error:

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
-import xarray as xr
 
+from gradjax.core.extras import needed_for
 from gradjax.cure import remedies
 from gradjax.cure.remedies import NotApplicable
 from gradjax.diagnosis import words
@@ -40,6 +40,9 @@ from gradjax.experiment import config, measure, sweep
 from gradjax.experiment.progress import Progress, Report, ignore
 from gradjax.experiment.schema import ConfigError, Experiment
 from gradjax.report import files
+
+with needed_for("gradjax.find_cure"):
+    import xarray as xr
 
 UNTREATED = "untreated"
 # Fractions of the seeds that train, from and to which a network is cured.

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jax.experimental import multihost_utils
 
+from gradjax.core.extras import needed_for
 from gradjax.experiment import checkpoint, config, grid, training
 from gradjax.experiment.program import BATCH, Compiler, Plan, Program, fit
 from gradjax.experiment.progress import Meter
@@ -32,6 +32,9 @@ from gradjax.experiment.tasks import Splits
 from gradjax.experiment.training import Record, State
 from gradjax.report import files
 from gradjax.transforms import CAUSES, leaf_name
+
+with needed_for("gradjax.sweep"):
+    import xarray as xr
 
 PyTree = Any
 

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jax import Array
 
+from gradjax.core.extras import needed_for
 from gradjax.core.step import Scan, layer_jacobian
 from gradjax.diagnosis import measurements
 from gradjax.diagnosis.evidence import Evidence
@@ -30,6 +30,9 @@ from gradjax.experiment.schema import Experiment, Model
 from gradjax.experiment.training import Network
 from gradjax.spectrum.jacobian import jacobian_spectrum
 from gradjax.theory import finite_width
+
+with needed_for("gradjax.experiment.measure"):
+    import xarray as xr
 
 PyTree = Any
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]

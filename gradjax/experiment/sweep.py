@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import xarray as xr
 
+from gradjax.core.extras import needed_for
 from gradjax.experiment import config, grid, training
 from gradjax.experiment.blocks import Cell, compile_cell, run_cell, unfold
 from gradjax.experiment.program import Compiler, rule_for_workers
@@ -32,6 +32,9 @@ from gradjax.experiment.progress import Meter, Progress, Report, ignore
 from gradjax.experiment.schema import ConfigError, Experiment, Task
 from gradjax.experiment.tasks import Splits
 from gradjax.report import files
+
+with needed_for("gradjax.sweep"):
+    import xarray as xr
 
 
 def sweep(

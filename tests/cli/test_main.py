@@ -14,14 +14,8 @@ from gradjax.report import files
 from support import ROOT
 
 CONFIGS = ROOT / "configs"
-SMALL = [
-    "--model.depth",
-    "40",
-    "--model.width=48",
-    "--diagnose.num_seeds",
-    "2",
-    "--diagnose.spectrum_seeds=1",
-]
+SMALL = ["--model.depth", "40", "--model.width=48", "--diagnose.num_seeds", "2"]
+SMALL += ["--diagnose.spectrum_seeds=1"]
 
 
 @pytest.fixture
@@ -36,7 +30,8 @@ def diagnose(tmp_path, capsys):
 
 
 def test_a_verdict_is_a_result_with_table_and_files(diagnose, tmp_path):
-    status, out, _ = diagnose(CONFIGS / "demo.toml", *SMALL)
+    small = [*SMALL, "--diagnose.spectrum_seeds", "0"]
+    status, out, _ = diagnose(CONFIGS / "demo.toml", *small)
     assert status == 0
     assert "theory: +0.2" in out and "standard errors" in out
     assert "exploding_gradients" in out and "nats per layer" in out and "hidden_40" in out
@@ -48,21 +43,27 @@ def test_a_verdict_is_a_result_with_table_and_files(diagnose, tmp_path):
     ds = files.load(folder / "results.nc")
     assert ds.attrs["seed"] == 0 and ds.attrs["version_jax"] and ds.attrs["version_git"]
     assert config.load(folder / "config.toml") == config.load(
-        CONFIGS / "demo.toml", [*SMALL, "--output", str(tmp_path / "runs")]
+        CONFIGS / "demo.toml", [*small, "--output", str(tmp_path / "runs")]
     )
 
 
 @pytest.mark.slow
 def test_json_is_all_of_standard_output_and_folders_are_kept(diagnose, tmp_path):
-    for expected in ("demo", "demo-2"):
-        status, out, _ = diagnose(
-            CONFIGS / "demo.toml", *SMALL, "--json", "--diagnose.spectrum_seeds", "0"
-        )
+    """The first run has spectra, the second has none."""
+    for seeds, folder in ((1, "demo"), (0, "demo-2")):
+        flags = ["--json", "--diagnose.spectrum_seeds", str(seeds)]
+        status, out, _ = diagnose(CONFIGS / "demo.toml", *SMALL, *flags)
         record = json.loads(out)
         assert status == 0 and not record["healthy"]
-        assert Path(record["meta"]["folder"]).name == expected
+        assert Path(record["meta"]["folder"]).name == folder
         assert record["meta"]["config"]["model"]["depth"] == 40
-        assert record["product"]["log_singular_values"] is None
+        assert (record["product"]["log_singular_values"] is None) == (seeds == 0)
+
+
+@pytest.mark.slow
+def test_a_verdict_with_spectra_prints_the_layer_product(diagnose):
+    status, out, _ = diagnose(CONFIGS / "demo.toml", *SMALL)
+    assert status == 0 and "layer product: singular values from" in out
 
 
 @pytest.mark.parametrize(
@@ -122,19 +123,8 @@ def test_missing_and_truncated_data_files_are_named(tmp_path, capsys, monkeypatc
     folder.mkdir(parents=True)
     (folder / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00")
     monkeypatch.setenv("GRADJAX_DATA_DIR", str(tmp_path / "data"))
-    assert (
-        main(
-            [
-                "diagnose",
-                str(CONFIGS / "demo.toml"),
-                "--task.name",
-                "mnist",
-                "--output",
-                str(tmp_path),
-            ]
-        )
-        == 2
-    )
+    demo = str(CONFIGS / "demo.toml")
+    assert main(["diagnose", demo, "--task.name", "mnist", "--output", str(tmp_path)]) == 2
     assert "train-images-idx3-ubyte" in capsys.readouterr().err
 
 
@@ -151,11 +141,14 @@ def test_help_has_flags_and_examples(capsys):
     assert main(["diagnose", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--model.sigma_w" in out and "--json" in out and "examples" in out
+    assert main(["cure", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "critical_init" in out and "lower_learning_rate" in out
 
 
 def test_the_installed_command_answers():
     done = subprocess.run(
-        [sys.executable, "-m", "gradjax.cli.main", "data", "list"],
+        [sys.executable, "-m", "gradjax", "data", "list", "--no_cache"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -222,16 +215,9 @@ def test_sweep_prints_json_and_names_its_settings(tmp_path, capsys):
         "model.sigma_w",
     ]
     assert (tmp_path / "runs/small/sweep.png").stat().st_size > 10_000
-    resumed = [
-        "sweep",
-        str(path),
-        "--output",
-        str(tmp_path / "runs"),
-        "--resume",
-        "--train.num_seeds",
-        "3",
-    ]
     (tmp_path / "runs/small/results.nc").unlink()
+    output = str(tmp_path / "runs")
+    resumed = ["sweep", str(path), "--output", output, "--resume", "--train.num_seeds", "3"]
     assert main(resumed) == 2
     assert "train.num_seeds: 2 and 3" in capsys.readouterr().err
 

@@ -16,10 +16,19 @@ from gradjax.experiment import config, sweep
 from gradjax.experiment.schema import ConfigError
 
 SMALL = {
-    "model.depth": 4, "model.width": 16, "model.activation": "relu", "model.sigma_b": 0.0, "train.num_steps": 60,
-    "train.num_seeds": 2, "train.eval_every": 30, "train.target": 0.3, "diagnose.num_seeds": 2,
-    "diagnose.spectrum_seeds": 0, "optimizer.name": "sgd", "optimizer.learning_rate": 0.05,
-}  # fmt: skip
+    "model.depth": 4,
+    "model.width": 16,
+    "model.activation": "relu",
+    "model.sigma_b": 0.0,
+    "train.num_steps": 60,
+    "train.num_seeds": 2,
+    "train.eval_every": 30,
+    "train.target": 0.3,
+    "diagnose.num_seeds": 2,
+    "diagnose.spectrum_seeds": 0,
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.05,
+}
 
 
 def experiment(**more):
@@ -111,14 +120,19 @@ def test_a_winner_is_better_beyond_chance():
 
 
 def test_pairs_are_of_remedies_that_do_not_undo_each_other():
-    names = ("relu", "elu", "residual", "rezero", "clip", "l1")
+    names = ("relu", "leaky_relu", "residual", "rezero", "clip", "l1")
     tried = {"untreated": experiment(model__activation="tanh")}
     tried |= {name: remedies.apply(name, tried["untreated"]) for name in names}
     pairs = {
         (a, b) for a, b in itertools.combinations(names, 2) if search.are_complementary(a, b, tried)
     }
-    assert ("relu", "elu") not in pairs and ("residual", "rezero") not in pairs
-    assert {("relu", "residual"), ("elu", "rezero"), ("clip", "l1"), ("residual", "clip")} <= pairs
+    assert ("relu", "leaky_relu") not in pairs and ("residual", "rezero") not in pairs
+    assert {
+        ("relu", "residual"),
+        ("leaky_relu", "rezero"),
+        ("clip", "l1"),
+        ("residual", "clip"),
+    } <= pairs
 
 
 def test_what_trains_needs_no_cure_and_says_so():
@@ -133,11 +147,13 @@ def test_what_trains_needs_no_cure_and_says_so():
 def test_names_are_remedies_and_validation_is_needed():
     with pytest.raises(ConfigError, match=r"unknown remedy 'rellu'.*did you mean 'relu'"):
         search.find_cure(experiment(), "rellu")
+    with pytest.raises(ConfigError, match="unknown remedy 'relo'"):
+        search.find_cure(experiment(), ["relu", "relo"])
     with pytest.raises(ConfigError, match=r"task\.validation is 0"):
         search.find_cure(experiment(task__validation=0.0), "relu")
 
 
-def test_programs_are_shared_by_what_differs_in_floats_alone():
+def test_programs_are_shared_by_what_differs_only_in_floats():
     base = experiment()
     settings = {
         "a": base,
@@ -189,12 +205,12 @@ def test_what_fits_a_recurrent_network_runs_or_is_left_out():
         "train.eval_every": 1,
         "train.num_seeds": 2,
     }
-    sick = config.replace(
+    vanishing = config.replace(
         config.Experiment(), small | {"diagnose.num_seeds": 2, "diagnose.spectrum_seeds": 0}
     )
     names = ["batchnorm", "lsuv_init", "gru", "orthogonal_rnn", "critical_init"]
     assert set(names) <= set(remedies.fitting(["vanishing_gradients"]))
-    found = search.find_cure(sick, names, pairs=False)
+    found = search.find_cure(vanishing, names, pairs=False)
     assert found.verdict.findings[0].pathology == "vanishing_gradients"
     assert (
         "has no batchnorm" in found.left_out["batchnorm"]
@@ -212,9 +228,13 @@ def test_compared_members_are_those_of_a_sweep():
         np.testing.assert_array_equal(found[name]["loss"].values, ds["loss"].values[i])
 
 
+@pytest.mark.slow
 def test_starts_that_differ_share_an_executable_and_change_no_bit():
-    starts = {name: experiment(model__weights=name) for name in ("he_normal", "glorot_normal")}
-    together = sweep.compare(starts | {"residual": experiment(model__residual=True)})
+    small = {"train__num_steps": 4, "train__eval_every": 2, "model__depth": 2}
+    starts = {
+        name: experiment(model__weights=name, **small) for name in ("he_normal", "glorot_normal")
+    }
+    together = sweep.compare(starts | {"residual": experiment(model__residual=True, **small)})
     program = {name: ds.attrs["program"] for name, ds in together.items()}
     assert program["he_normal"] == program["glorot_normal"] != program["residual"]
     for name, own in starts.items():
@@ -226,10 +246,10 @@ def test_starts_that_differ_share_an_executable_and_change_no_bit():
 
 @pytest.mark.slow
 def test_a_vanishing_network_is_cured_and_says_so():
-    sick = experiment(
+    vanishing = experiment(
         model__sigma_w=0.2, model__depth=6, train__num_steps=300, train__eval_every=100
     )
-    found = search.find_cure(sick, ["critical_init", "l1", "forget_bias"], pairs=False)
+    found = search.find_cure(vanishing, ["critical_init", "l1", "forget_bias"], pairs=False)
     assert found.verdict.headline.startswith(("vanishing", "dead", "rank"))
     assert found.winner == "critical_init" and search.is_cured(found)
     assert "no model.forget_bias" in found.left_out["forget_bias"]
@@ -249,26 +269,17 @@ def test_a_network_whose_every_remedy_fails_ends_with_that_verdict():
     assert "Nothing cured it" in str(found)
 
 
-def test_an_unknown_remedy_is_refused_before_anything_runs():
-    with pytest.raises(ConfigError, match="unknown remedy 'relo'"):
-        search.find_cure(experiment(), ["relo"])
-
-
-def test_the_list_of_remedies(capsys):
-    assert main(["cure", "--list"]) == 0
-    out = capsys.readouterr().out
-    assert "critical_init" in out and "lower_learning_rate" in out
-
-
 @pytest.mark.slow
 def test_the_command_writes_results_figure_and_story(tmp_path, capsys):
-    path = tmp_path / "sick.toml"
+    path = tmp_path / "vanishing.toml"
     path.write_text(
-        config.to_toml(experiment(name="sick", model__sigma_w=0.2, output=str(tmp_path / "runs")))
+        config.to_toml(
+            experiment(name="vanishing", model__sigma_w=0.2, output=str(tmp_path / "runs"))
+        )
     )
     assert main(["cure", str(path), "--remedies", "critical_init,l1", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    folder = tmp_path / "runs/sick"
+    folder = tmp_path / "runs/vanishing"
     names = {
         "config.toml",
         "cured.toml",

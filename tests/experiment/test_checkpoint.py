@@ -54,11 +54,11 @@ def flip(path, bit):
 
 
 def damage_until_noticed(folder, step, generator, tries=40):
-    """Flips bits in random files of a checkpoint; every answer is the true state, of this step or
-    of the one before.
+    """Damage random files; each restore must give the true state, of this step or the one before.
 
-    Files of metadata that a restore does not read are among those hit, and the names and the order of the files of
-    data differ from run to run: some three hits in ten are noticed (99, 81 and 96 of 300 measured), as a draw.
+    Some of the files hold metadata that a restore does not read, and the names and the order of the
+    data files differ from run to run. About three hits in ten are noticed, at random (99, 81 and 96
+    of 300 measured). Returns how many were.
     """
     files = sorted(
         p for p in (folder / f"{step:012d}").rglob("*") if p.is_file() and p.stat().st_size
@@ -81,9 +81,8 @@ def damage_until_noticed(folder, step, generator, tries=40):
 
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_no_damage_is_restored_silently(folder):
-    assert (
-        damage_until_noticed(folder, 20, np.random.default_rng(0)) > 0
-    )  # some 12 expected: 0 has odds of 1 in 10^6
+    # 12 are expected in 40; none at all has odds of 1 in 10^6
+    assert damage_until_noticed(folder, 20, np.random.default_rng(0)) > 0
 
 
 @pytest.mark.slow
@@ -92,7 +91,8 @@ def test_three_hundred_flips_and_truncations(folder, capsys):
     passed_over = damage_until_noticed(folder, 20, np.random.default_rng(1), tries=300)
     with capsys.disabled():
         print(
-            f"\n300 flips and truncations: 0 restored silently, {passed_over} passed over, the others harmless"
+            f"\n300 flips and truncations: 0 restored silently, {passed_over} passed over, the "
+            "others harmless"
         )
     assert passed_over > 40  # six deviations below the 90 expected
 
@@ -135,7 +135,7 @@ def test_what_a_killed_process_left_is_cleared_and_never_read(folder):
 
 
 def test_a_folder_that_cannot_be_written_is_one_message_with_the_last_good_state(folder):
-    """The save's folder is taken by a file: what root can neither write through."""
+    """A file has the place of the folder, which stops root too."""
     writer = checkpoint.Writer(folder)
     (folder / f"{30:012d}.orbax-checkpoint-tmp").write_text("")
     os.rename(folder, folder.with_name("moved"))

@@ -143,7 +143,8 @@ def test_random_coordinates_are_uniform():
         out, state = tx.update(grads, state)
         return state, jnp.append(out["layers"]["bias"][:, 0], out["readout"]["kernel"][0, 0])
 
-    counts = jax.lax.scan(step, tx.init(START), None, length=4000)[1].sum(0)
+    draw = jax.jit(lambda: jax.lax.scan(step, tx.init(START), None, length=4000)[1].sum(0))
+    counts = np.asarray(draw())
     assert np.sum((counts - 1000) ** 2 / 1000) < 16.3  # chi-squared, 3 degrees of freedom, p = .001
 
 
@@ -196,16 +197,18 @@ def train_with_bad_steps(guard, bad, steps=60):
 
 
 @pytest.mark.parametrize(
-    "guard", ["skip_non_finite", "repair_non_finite", "skip_spikes", "restore_moments", "spam"]
+    "guard",
+    [
+        "skip_non_finite",
+        "skip_spikes",
+        pytest.param("repair_non_finite", marks=pytest.mark.slow),
+        pytest.param("restore_moments", marks=pytest.mark.slow),
+    ],
 )
 def test_a_guard_goes_on_after_a_bad_batch_and_gives_up_after_too_many(guard):
     patience, start = optimizers.PATIENCE, float(loss({"layers": START["layers"]}))
     few, nearly, many = [3, 17, 18], list(range(10, 9 + patience)), list(range(10, 60))
     params, frozen_at, end = train_with_bad_steps(guard, [[], few, nearly, many])
-    assert end[0] < start
-    if guard == "spam":
-        # It resets moments now and then, and does not repair a bad step.
-        return
     assert frozen_at == [-1, -1, -1, 10 + patience - 1]
     assert end[1] < 1.5 * end[0] + 0.01 < start
     assert all(np.isfinite(x[3]).all() for x in jax.tree.leaves(params))

@@ -1,5 +1,4 @@
-"""Pre-training: its directions against brute force, what it leaves alone, what it refuses, and the
-network it cures."""
+"""Pre-training: its directions against brute force, what it changes, rejects and cures."""
 
 import itertools
 
@@ -13,9 +12,15 @@ from gradjax.experiment import config, measure, models, pretraining, tasks, trai
 from gradjax.experiment.pretraining import contrastive_divergence, denoising, pretrain
 
 SMALL = {
-    "model.depth": 3, "model.width": 12, "model.activation": "sigmoid", "model.sigma_b": 0.0, "task.batch_size": 16,
-    "train.num_steps": 20, "train.eval_every": 20, "train.pretrain_steps": 25,
-}  # fmt: skip
+    "model.depth": 3,
+    "model.width": 12,
+    "model.activation": "sigmoid",
+    "model.sigma_b": 0.0,
+    "task.batch_size": 16,
+    "train.num_steps": 20,
+    "train.eval_every": 20,
+    "train.pretrain_steps": 25,
+}
 
 
 def experiment(**more):
@@ -90,7 +95,7 @@ def test_contrastive_divergence_raises_the_likelihood_of_the_data(layer, key):
         push = contrastive_divergence(key, layer, v, jax.nn.sigmoid, True)
         return jax.tree.map(lambda p, d: p + 0.1 * d, layer, push), None
 
-    trained = jax.lax.scan(step, layer, jax.random.split(key, 300))[0]
+    trained = jax.jit(lambda layer: jax.lax.scan(step, layer, jax.random.split(key, 300))[0])(layer)
     uniform = -5 * np.log(2)
     assert log_likelihood(layer) < uniform + 0.5 < log_likelihood(trained) - 0.5
 
@@ -113,16 +118,16 @@ def test_denoising_is_the_gradient_of_giving_back_what_was_masked(binary, layer,
         return jnp.mean(jnp.sum((back - x) ** 2, 1)) / 2
 
     mask = jax.random.uniform(key, x.shape) >= 0.25
-    found = denoising(key, layer, x, jax.nn.sigmoid, binary)
+    found = jax.jit(lambda layer: denoising(key, layer, x, jax.nn.sigmoid, binary))(layer)
     for seen, same in ((jnp.where(mask, x, 0.0), True), (x, False)):
-        wanted = jax.grad(loss)(layer, seen)
+        wanted = jax.jit(jax.grad(loss))(layer, seen)
         for name in found:
             assert np.allclose(found[name], -wanted[name], atol=1e-5) == same
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rbm", "autoencoder"])
-def test_hidden_layers_alone_move_one_after_the_other(method, digits):
+def test_only_hidden_layers_move_one_after_the_other(method, digits):
     """Read-out and structure stay; at rate 0 nothing moves; the first layer's result does not
     depend on those above."""
 
@@ -153,11 +158,13 @@ def test_hidden_layers_alone_move_one_after_the_other(method, digits):
 
 @pytest.mark.slow
 def test_layers_learn_what_those_below_pass_on(digits):
-    """The second layer alone, from the first one's activations, is what the scan found."""
+    """The second layer reproduces the first one's activations better than it did untrained."""
     e = experiment(train__pretrain="autoencoder", train__pretrain_rate=0.05, model__depth=2)
     problem = training.problem_of(config.replace(e, {"train.pretrain": "none"}), digits)
-    start = training.init(jax.random.key(1), {}, digits, problem).variables
-    both = pretrain(jax.random.key(2), start, digits.train, e)["params"]
+    start = jax.jit(lambda key: training.init(key, {}, digits, problem))(
+        jax.random.key(1)
+    ).variables
+    both = jax.jit(lambda key: pretrain(key, start, digits.train, e))(jax.random.key(2))["params"]
     dense = both["embed"]["dense"]
     h = jax.nn.sigmoid(digits.train.x @ dense["kernel"] + dense["bias"][None])
     loss = {}
@@ -177,12 +184,15 @@ def test_layers_learn_what_those_below_pass_on(digits):
         ({"model__activation": "tanh"}, "'sigmoid'; model.activation is 'tanh'"),
     ],
 )
-def test_networks_that_it_cannot_serve_are_refused(settings, reason, digits):
+def test_networks_that_it_cannot_serve_are_refused(settings, reason):
     e = experiment(train__pretrain="rbm", **settings)
     with pytest.raises(config.ConfigError, match=reason):
         config.check(e)
+    part = tasks.Split(np.zeros((16, 64), np.float32), np.arange(16, dtype=np.int32) % 10)
+    data = tasks.Splits(part, part, part)
+    problem = training.problem_of(e, data)
     with pytest.raises(ValueError, match=reason):
-        training.init(jax.random.key(0), {}, digits, training.problem_of(e, digits))
+        jax.eval_shape(lambda key: training.init(key, {}, data, problem), jax.random.key(0))
     config.check(config.replace(e, {"train.pretrain": "none"}))
     other = type("Model", (), {"name": "lenet5"})()
     assert "'lenet5' is not" in pretraining.check_compatible(
@@ -206,14 +216,16 @@ def test_a_diagnosis_is_of_the_pre_trained_network(digits):
     first = tasks.batch_at(
         splits.train, jax.random.split(jax.random.key(trained.seed))[0], 0, trained.task.batch_size
     )
-    start = training.start(key, model, trained, first, splits.train)
-    state = training.init(key, {}, splits, problem)
+    start = jax.jit(lambda key: training.start(key, model, trained, first, splits.train))(key)
+    state = jax.jit(lambda key: training.init(key, {}, splits, problem))(key)
     for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.variables), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     h0, links = model.links(start, first.x)
-    seen = step.signals(
-        links, h0, loss=lambda logits: training.loss_and_score(logits, first.y).loss
-    )
+
+    def loss(logits):
+        return training.loss_and_score(logits, first.y).loss
+
+    seen = jax.jit(lambda h0: step.signals(links, h0, loss=loss))(h0)
     np.testing.assert_allclose(
         after["log_gradient_norm"][0], seen.log_gradient_norm[:-1], rtol=1e-4
     )
@@ -232,7 +244,7 @@ def test_an_autoencoder_serves_any_activation(digits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "rbm", "autoencoder"])
-def test_a_deep_sigmoid_network_trains_from_there_alone(method, digits):
+def test_a_deep_sigmoid_network_trains_only_from_there(method, digits):
     """Ten layers of 64, sigma_w = 1: at 17% after 1000 steps of Adam, above 90% for every seed when
     pre-trained."""
     settings = {"model.depth": 10, "model.width": 64, "model.sigma_w": 1.0, "task.batch_size": 64}

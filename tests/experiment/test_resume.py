@@ -1,5 +1,4 @@
-"""The command line killed at random moments, on full disks and over several processes: the same
-bits in the end."""
+"""The command line killed at random, on full disks, in several processes: always the same bits."""
 
 import os
 import random
@@ -29,7 +28,7 @@ width = 32
 [optimizer]
 clipping = "clip_by_global_norm"
 [train]
-num_steps = 3000
+num_steps = 1500
 eval_every = 100
 num_seeds = 4
 lanes = 2
@@ -47,15 +46,8 @@ def place(tmp_path_factory):
 
 
 def start(place: Path, output: Path, *flags: str, **environ: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "gradjax.cli.main",
-        "sweep",
-        str(place / "resume.toml"),
-        "--output",
-        str(output),
-    ]
+    arguments = ["sweep", str(place / "resume.toml"), "--output", str(output)]
+    command = [sys.executable, "-m", "gradjax", *arguments]
     cache = {  # the programs are compiled once for all the processes of this file
         "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -76,39 +68,38 @@ def undisturbed(place):
     return dataset(place / "whole")
 
 
-def test_fifty_kills_and_the_same_bits(place, undisturbed, capsys):
+def wait_for_work(process: subprocess.Popen, output: Path) -> None:
+    """Until a process has written a checkpoint or a shard, or has ended."""
+
+    def written():
+        folder = output / "resume"
+        return {*folder.glob("checkpoints/*/*"), *folder.glob("shards/*")}
+
+    before = written()
+    while process.poll() is None and written() == before:
+        time.sleep(0.01)
+
+
+def test_twenty_kills_and_the_same_bits(place, undisturbed, capsys):
     kills, runs, chance = 0, 0, random.Random(0)
-    while kills < 50:
-        output, runs = place / f"killed-{runs}", runs + 1
-        while True:
-            files = lambda folder=output / "resume": {
-                *folder.glob("checkpoints/*/*"),
-                *folder.glob("shards/*"),
-            }
-            before = files()
+    while kills < 20:
+        output, runs, ended = place / f"killed-{runs}", runs + 1, False
+        while not ended:
             process = start(place, output, "--resume")
-            while (
-                process.poll() is None and files() == before
-            ):  # the dice are thrown when it works, not while it starts
-                time.sleep(0.01)
+            # so that it is killed at work, not while it starts
+            wait_for_work(process, output)
             try:
-                process.wait(chance.uniform(0, 1.5))
+                process.wait(chance.uniform(0, 1.5) if kills < 20 else None)
+                ended = True
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1
-                if kills < 50:
-                    continue
-                process = start(place, output, "--resume")
-                process.wait()
-            assert process.returncode == 0, process.stderr.read()
-            break
+        assert process.returncode == 0, process.stderr.read()
         assert dataset(output).identical(undisturbed)
         shutil.rmtree(output)
     with capsys.disabled():
-        print(
-            f"\n{kills} kills over {runs} runs: every dataset equal bit for bit to the undisturbed one"
-        )
+        print(f"\n{kills} kills over {runs} runs: every dataset equal bit for bit to undisturbed")
 
 
 def test_two_processes_and_eight_devices_give_the_bits_of_one(place, undisturbed, capsys):
@@ -130,13 +121,8 @@ def test_two_processes_and_eight_devices_give_the_bits_of_one(place, undisturbed
     assert process.wait() == 0, process.stderr.read()
     eight = time.monotonic() - began
     assert dataset(place / "eight").identical(undisturbed)
-    began = time.monotonic()
-    assert start(place, place / "one").wait() == 0
-    one = time.monotonic() - began
     with capsys.disabled():
-        print(
-            f"\nbits equal; start to end: one process {one:.1f} s, two {two:.1f} s, eight devices {eight:.1f} s"
-        )
+        print(f"\nbits equal; start to end: two processes {two:.1f} s, eight devices {eight:.1f} s")
 
 
 def test_what_one_process_began_two_may_finish(place, undisturbed):
@@ -179,7 +165,7 @@ def test_a_full_disk_keeps_the_last_good_state_and_names_it(tmp_path, capsys):
         if kind != "tmpfs":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
         writer = checkpoint.Writer(folder, keep=1)
-        with pytest.raises(checkpoint.CheckpointError) as told:
+        with pytest.raises(checkpoint.CheckpointError) as caught:
             for step in range(1, 100):
                 states[step] = tree(4 * step)
                 writer.save(step, states[step], {})
@@ -187,7 +173,7 @@ def test_a_full_disk_keeps_the_last_good_state_and_names_it(tmp_path, capsys):
                 saved = step
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert saved >= 1 and f"the last good state is {folder}/{saved:012d}" in str(told.value)
+    assert saved >= 1 and f"the last good state is {folder}/{saved:012d}" in str(caught.value)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = checkpoint.restore(folder, {"x": states[saved]["x"]})
@@ -198,7 +184,8 @@ def test_a_full_disk_keeps_the_last_good_state_and_names_it(tmp_path, capsys):
     )
     with capsys.disabled():
         print(
-            f"\nfull disk ({kind}): {saved} states written, the last one restored; told: {told.value}"
+            f"\nfull disk ({kind}): {saved} states written, the last one restored; message: "
+            f"{caught.value}"
         )
     if kind == "tmpfs":
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)

@@ -1,5 +1,4 @@
-"""scripts/sweep_slurm.py on submitit's local executor: processes share a sweep; one that is
-preempted goes on."""
+"""scripts/sweep_slurm.py on submitit's local executor: shared sweeps, and preemption."""
 
 import importlib.util
 import os
@@ -23,9 +22,9 @@ name = "slurm"
 depth = 2
 width = 16
 [train]
-num_steps = 2000
+num_steps = 800
 eval_every = 50
-num_seeds = 4
+num_seeds = 2
 lanes = 1
 checkpoint_seconds = 0.0
 [sweep.vmap]
@@ -70,6 +69,5 @@ def test_a_job_gives_the_bits_of_the_plain_sweep(script, tmp_path, monkeypatch, 
     vary, static = config.sweep_tables(path)
     plain = sweep.sweep(config.load(path), vary, static).drop_attrs()
     assert files.load(tmp_path / "runs/slurm/results.nc").drop_attrs().identical(plain)
-    assert (
-        len(list((tmp_path / "runs").iterdir())) == 1
-    )  # the requeued job went on in the same folder
+    # the requeued job went on in the same folder
+    assert len(list((tmp_path / "runs").iterdir())) == 1

@@ -1,5 +1,4 @@
-"""Sweeps: one labelled dataset, equal bits however it is laid out, interrupted, resumed or
-disturbed."""
+"""Sweeps: one labelled dataset, with equal bits however it is laid out, interrupted or resumed."""
 
 import json
 import warnings
@@ -19,12 +18,17 @@ BASE = config.replace(
         "model.depth": 2,
         "model.width": 8,
         "model.activation": "relu",
+        "optimizer.name": "sgd",
         "optimizer.clipping": "clip_by_global_norm",
-    }
-    | {"train.num_steps": 30, "train.eval_every": 10, "train.num_seeds": 3, "train.lanes": 2}
-    | {"train.checkpoint_seconds": 0.0},
+        "train.num_steps": 30,
+        "train.eval_every": 10,
+        "train.num_seeds": 3,
+        "train.lanes": 2,
+    },
 )
-VARY = {"optimizer.learning_rate": [1e-2, 1e-1, 1e18]}
+VARY = {"optimizer.learning_rate": [1e-1, 3e-1, 1e18]}
+# Ten steps of training, each of which at most doubles the rounding errors of those before it.
+TEN_STEPS = 2**10 * float(np.finfo(np.float32).eps)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,8 @@ def test_the_dataset_is_labelled_and_written(whole):
     ]
     assert equal(files.load(folder / "results.nc"), ds)
     assert "2 lanes" in ds.attrs["plan"] and config.load(folder / "config.toml") == BASE
-    assert not list((folder / "checkpoints").iterdir())  # a finished block needs none
+    # a finished block needs no checkpoint
+    assert not any((folder / "checkpoints").glob("*"))
 
 
 def test_a_diverged_member_is_marked_and_the_others_train(whole):
@@ -91,16 +96,17 @@ def test_an_interrupted_sweep_goes_on_with_the_same_bits_and_skips_what_is_done(
 
         return progress
 
+    always = config.replace(BASE, {"train.checkpoint_seconds": 0.0})
+    run = tmp_path / "run"
     for count in (2, 5):
         with pytest.raises(Stop):
-            sweep.sweep(BASE, VARY, folder=tmp_path / "run", progress=interrupt_after(count))
-    assert list((tmp_path / "run/checkpoints").iterdir())
+            sweep.sweep(always, VARY, folder=run, progress=interrupt_after(count))
+    assert list((run / "checkpoints").iterdir())
     events = []
-    assert equal(sweep.sweep(BASE, VARY, folder=tmp_path / "run", progress=events.append), whole[1])
+    assert equal(sweep.sweep(always, VARY, folder=run, progress=events.append), whole[1])
     work = [e for e in events if not e.message]
-    assert (
-        len(work) < 15 and work[-1].done == work[-1].total == 270
-    )  # five blocks of three chunks, some of them done
+    # five blocks of three chunks, some of which were done
+    assert len(work) < 15 and work[-1].done == work[-1].total == 270
 
 
 @pytest.mark.slow
@@ -122,7 +128,7 @@ def test_a_damaged_shard_is_computed_again(whole, tmp_path):
     [
         ({"model.sigma_w": 2.0}, VARY, r"model\.sigma_w: 1\.32701 and 2\.0"),
         ({"train.num_seeds": 4}, VARY, r"train\.num_seeds: 3 and 4"),
-        ({}, {"optimizer.learning_rate": [1e-2]}, "other names or values"),
+        ({}, {"optimizer.learning_rate": [1e-1]}, "other names or values"),
     ],
 )
 def test_a_folder_of_another_config_is_refused_and_the_field_named(whole, values, vary, words):
@@ -156,24 +162,26 @@ def test_what_does_not_fit_into_memory_gets_fewer_lanes_and_says_so(whole, monke
     assert (
         "lanes halved from 2 to 1" in ds.attrs["plan"] and "9 blocks of 1 lanes" in ds.attrs["plan"]
     )
-    calm = {"optimizer.learning_rate": [0, 1]}  # one lane, which has no axis, trains as several do
-    np.testing.assert_allclose(ds.loss.isel(calm), whole[1].loss.isel(calm)[..., :10], rtol=1e-5)
+    # one lane, which has no axis, trains as several do
+    calm = {"optimizer.learning_rate": [0, 1]}
+    np.testing.assert_allclose(
+        ds.loss.isel(calm), whole[1].loss.isel(calm)[..., :10], rtol=TEN_STEPS
+    )
 
 
 @pytest.mark.slow
 def test_the_batch_spread_over_devices_trains_the_same_network():
     small = config.replace(BASE, {"train.num_steps": 10, "train.shard": "batch"})
-    ds = sweep.sweep(small, {"optimizer.learning_rate": [1e-2]})
+    ds = sweep.sweep(small, {"optimizer.learning_rate": [1e-1]})
     plain = sweep.sweep(
-        config.replace(small, {"train.shard": "members"}), {"optimizer.learning_rate": [1e-2]}
+        config.replace(small, {"train.shard": "members"}), {"optimizer.learning_rate": [1e-1]}
     )
-    np.testing.assert_allclose(ds.loss, plain.loss, rtol=1e-4)
+    np.testing.assert_allclose(ds.loss, plain.loss, rtol=TEN_STEPS)
 
 
 @pytest.mark.slow
 def test_five_of_64_diverge_at_different_steps_and_59_keep_their_bits(capsys):
-    """The learning rates of five members are raised so far that they overflow one after the
-    other."""
+    """Five members have such learning rates that they overflow one after another."""
     one = config.replace(
         BASE,
         {"train.num_seeds": 1, "train.lanes": 16, "train.num_steps": 40, "optimizer.name": "sgd"},
@@ -188,19 +196,23 @@ def test_five_of_64_diverge_at_different_steps_and_59_keep_their_bits(capsys):
         },
     )
     calm = np.linspace(1e-3, 2e-3, 64)
-    wild, sick = calm.copy(), [3, 17, 30, 31, 60]
-    wild[sick] = [0.9, 3.0, 30.0, 1e4, 1e12]
+    wild, diverging = calm.copy(), [3, 17, 30, 31, 60]
+    wild[diverging] = [0.9, 3.0, 30.0, 1e4, 1e12]
     a, b = (sweep.sweep(one, {"optimizer.learning_rate": list(rates)}) for rates in (calm, wild))
-    others = [i for i in range(64) if i not in sick]
+    others = [i for i in range(64) if i not in diverging]
     take = lambda ds: ds.isel({"optimizer.learning_rate": others}).drop_vars(
         "optimizer.learning_rate"
     )
     assert equal(take(a), take(b)) and (b.diverged_at.values[others] == -1).all()
-    steps = b.diverged_at.values[sick, 0].tolist()
-    causes = b.diverged_cause.values[sick, 0].tolist()
+    steps = b.diverged_at.values[diverging, 0].tolist()
+    causes = b.diverged_cause.values[diverging, 0].tolist()
     with capsys.disabled():
         print(f"\n59 of 64 bit for bit unchanged; 5 diverged at steps {steps}, by {causes}")
-    assert min(steps) >= 0 and len(set(steps)) >= 4 and np.isfinite(b.final_loss.values[sick]).all()
+    assert (
+        min(steps) >= 0
+        and len(set(steps)) >= 4
+        and np.isfinite(b.final_loss.values[diverging]).all()
+    )
 
 
 @pytest.mark.slow
