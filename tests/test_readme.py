@@ -14,6 +14,8 @@ from gradjax.diagnosis.rules import CAUSAL
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = sorted((README.parent / "docs").glob("*.md"))
+# Pages that show a file of the repository, whose links are those of the page.
+SHOWN = ("CHANGELOG.md", "CONTRIBUTING.md")
 MODULES = sorted(m.name for m in pkgutil.walk_packages(gradjax.__path__, "gradjax."))
 
 
@@ -34,7 +36,12 @@ def test_there_are_python_blocks():
     assert blocks()
 
 
-@pytest.mark.parametrize("number", range(len(blocks())))
+def with_marks(number, text):
+    """A sweep compiles for half a minute; tests/experiment/test_sweep.py has a fast one."""
+    return pytest.param(number, marks=[pytest.mark.slow] if "sweep(" in text else [])
+
+
+@pytest.mark.parametrize("number", [with_marks(*item) for item in enumerate(blocks())])
 def test_readme_block(number):
     run(blocks()[number], f"README block {number}", {"__name__": "__readme__"})
 
@@ -56,7 +63,9 @@ def test_every_pathology_is_in_its_table(page):
     assert set(CAUSAL) <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [README, *PAGES, *map(README.with_name, SHOWN)], ids=lambda page: page.stem
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" not in target and not target.startswith("#"):
