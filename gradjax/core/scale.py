@@ -13,8 +13,8 @@ rarely taken; it stays a branch under vmap, taken if any member needs it, while 
 is its own. Norms are right from 1.4e-45 to 3.4e38 in float32 and bfloat16 (float16 and float64
 alike), eagerly and under jit, and their logarithm exists for every finite group.
 
-Accuracy: that of a plain sum of squares and its root. A gradient clipped by such a norm is within 4
-ulp of the exact result for groups of up to 256 entries; larger ones add the rounding of their sum.
+Accuracy: that of a plain sum of squares and its root. The tests hold a gradient clipped by such a
+norm to 4 ulp of the exact result; groups of many entries add the rounding of their sum.
 
 Half-precision leaves are computed in float32, complex ones as their two parts. A group that holds
 NaN has the norm NaN, one that holds inf (and no NaN) inf. Cost: one pass over the tree; one more in

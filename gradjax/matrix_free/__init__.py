@@ -24,16 +24,37 @@ layer are stored, and its residuals of up to 8 times their size, O(depth * width
 (the weights, or what a key draws) are computed again.
 """
 
-from gradjax.matrix_free.curvature import gauss_newton_operator as gauss_newton_operator
-from gradjax.matrix_free.curvature import hessian_operator as hessian_operator
-from gradjax.matrix_free.curvature import sharpness as sharpness
-from gradjax.matrix_free.krylov import TopEigenvalues as TopEigenvalues
-from gradjax.matrix_free.krylov import TopSingular as TopSingular
-from gradjax.matrix_free.krylov import top_eigenvalues as top_eigenvalues
-from gradjax.matrix_free.krylov import top_singular_values as top_singular_values
-from gradjax.matrix_free.stochastic import Estimate as Estimate
-from gradjax.matrix_free.stochastic import SpectralDensity as SpectralDensity
-from gradjax.matrix_free.stochastic import log_moments as log_moments
-from gradjax.matrix_free.stochastic import singular_value_density as singular_value_density
-from gradjax.matrix_free.stochastic import spectral_density as spectral_density
-from gradjax.matrix_free.stochastic import trace as trace
+from gradjax.core.names import suggest_names
+from gradjax.matrix_free.curvature import gauss_newton_operator, hessian_operator, sharpness
+from gradjax.matrix_free.krylov import (
+    TopEigenvalues,
+    TopSingular,
+    top_eigenvalues,
+    top_singular_values,
+)
+from gradjax.matrix_free.stochastic import (
+    Estimate,
+    SpectralDensity,
+    log_moments,
+    singular_value_density,
+    spectral_density,
+    trace,
+)
+
+__all__ = [
+    "gauss_newton_operator",
+    "hessian_operator",
+    "sharpness",
+    "TopEigenvalues",
+    "TopSingular",
+    "top_eigenvalues",
+    "top_singular_values",
+    "Estimate",
+    "SpectralDensity",
+    "log_moments",
+    "singular_value_density",
+    "spectral_density",
+    "trace",
+]
+
+__getattr__ = suggest_names(__name__, __all__)

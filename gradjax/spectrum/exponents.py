@@ -1,13 +1,12 @@
-"""Lyapunov exponents and spectral moments of the layer product J = W_L ... W_1: what has
-derivatives.
+"""Lyapunov exponents and spectral moments of the layer product J = W_L ... W_1.
 
     lambda_i = lim 1/L log sigma_i(J) = lim 1/L sum_l log |r_ii(l)|,      m_k = tr (J J^T)^k / N
 
-Both come from one pass without singular values, so that they differentiate. On the host they run in
-float64 and return NumPy; on tracers in the factors' own dtype.
+Both come from one pass without singular values, so that they have derivatives. On the host they run
+in float64 and return NumPy; on tracers in the factors' own dtype.
 
-What they do not cover: factors of unequal width have no exponents per step; a factor that has lost
-rank has an exponent of -inf and no derivative there. Cost: O(depth * width^3), memory O(width^2),
+Factors of unequal width have no exponents per step; a factor that has lost rank has an exponent of
+-inf and no derivative there. Cost: O(depth * width^3), memory O(width^2),
 or O(depth * width^2) under grad.
 """
 
@@ -21,20 +20,25 @@ import numpy as np
 from jax import Array, lax
 
 from gradjax.spectrum.factors import at_least_float32, check_factors, on_tracers, stack_factors, x64
-from gradjax.spectrum.product import safe_log
+from gradjax.spectrum.logscale import safe_log
 
 
 class LyapunovExponents(NamedTuple):
-    """Finite-depth Lyapunov exponents of a product, in the order of the QR sweep (descending in the
-    limit).
+    """Finite-depth Lyapunov exponents of a product, in the order of the QR sweep.
+
+    That order is descending in the limit.
+
+    Attributes:
+      exponents: (..., N) nats per factor.
+      standard_errors: (..., N) nats per factor, by batch means; NaN below 4 factors.
     """
 
-    exponents: Array  # (..., N) nats per factor
-    standard_errors: Array  # (..., N) nats per factor, by batch means; NaN below 4 factors
+    exponents: Array
+    standard_errors: Array
 
 
 def _lyapunov(factors: Array) -> LyapunovExponents:
-    """One lane (L, N, N)."""
+    """One lane, (L, N, N)."""
     depth, n = factors.shape[0], factors.shape[-1]
 
     def one(q, w):
@@ -47,24 +51,20 @@ def _lyapunov(factors: Array) -> LyapunovExponents:
         return LyapunovExponents(jnp.mean(growth, 0), jnp.full(n, jnp.nan, growth.dtype))
     size = depth // batches
     means = jnp.mean(growth[depth - batches * size :].reshape(batches, size, n), axis=1)
-    return LyapunovExponents(
-        jnp.mean(growth, 0), jnp.std(means, axis=0, ddof=1) / float(np.sqrt(batches))
-    )
+    error = jnp.std(means, axis=0, ddof=1) / float(np.sqrt(batches))
+    return LyapunovExponents(jnp.mean(growth, 0), error)
 
 
 def _moments(factors: Array, *, ks: tuple[int, ...]) -> Array:
-    """One lane (L, N, N): log tr (J J^T)^k / N, with every intermediate scaled to entries of at
-    most 1.
-    """
+    """log tr (J J^T)^k / N of one lane, (L, N, N); intermediates have entries of at most 1."""
 
     def scaled(x, log_scale):
         top = lax.stop_gradient(jnp.max(jnp.abs(x)))
         return x / jnp.where(top > 0, top, 1.0), log_scale + safe_log(top)
 
     def one(state, w):
-        w, log_w = scaled(
-            w, state[1]
-        )  # first, so that the product of two large numbers is never formed
+        # scaled first, so that the product of two large numbers is never formed
+        w, log_w = scaled(w, state[1])
         return scaled(jnp.matmul(w, state[0], precision="highest"), log_w), None
 
     eye, zero = jnp.eye(factors.shape[-1], dtype=factors.dtype), jnp.zeros((), factors.dtype)
@@ -86,8 +86,9 @@ def _jitted(flat: Array, *, f: Callable) -> Any:
 
 
 def _by_lane(f: Callable, factors: Any) -> Any:
-    """`f` over the lanes of a stack: in float64 and NumPy on the host, in the factors' own dtype on
-    tracers.
+    """`f` over the lanes of a stack.
+
+    In float64, returning NumPy, on the host; in the factors' own dtype on tracers.
     """
     if on_tracers(factors):
         flat = factors.reshape(-1, *factors.shape[-3:]).astype(at_least_float32(factors.dtype))
@@ -100,24 +101,26 @@ def _by_lane(f: Callable, factors: Any) -> Any:
 
 
 def lyapunov_exponents(factors: Any) -> LyapunovExponents:
-    """Lyapunov exponents of W_L ... W_1 by a QR sweep: 1/L sum_l log |r_ii| with W_l Q_{l-1} = Q_l
-    R_l.
+    """Lyapunov exponents of W_L ... W_1 by a QR sweep.
 
-    They tend to 1/L log sigma_i as L grows and differ from it at finite L (by nats in L lambda_i: for the singular
-    values themselves use `log_singular_values`). Differentiable: a gradient pushes exponents towards 0 (gradient
-    flossing). The derivative is that of the sweep from Q_0 = 1, and exists where every factor has full rank.
+        lambda_i = 1/L sum_l log |r_ii(l)|,     W_l Q_{l-1} = Q_l R_l
+
+    They tend to 1/L log sigma_i as L grows and differ from it at finite L (by nats in L lambda_i:
+    for the singular values themselves use `log_singular_values`). Differentiable: a gradient can
+    push exponents towards 0 (gradient flossing). The derivative is that of the sweep from Q_0 = 1,
+    and exists where every factor has full rank.
 
     Args:
       factors: (..., L, N, N) floating, applied first to last.
 
     Returns:
-      `LyapunovExponents`, (..., N) each. NumPy float64 on the host; on tracers jax arrays in the factors' own dtype.
-      -inf where a factor has lost rank. The standard errors are those of about sqrt(L) batch means, so that steps
-      need not be independent, only batches.
+      `LyapunovExponents`, (..., N) each. NumPy float64 on the host; on tracers jax arrays in the
+      factors' own dtype. -inf where a factor has lost rank. The standard errors are those of about
+      sqrt(L) batch means, so that batches need to be independent but steps need not.
 
     Raises:
-      ValueError: empty, integer or complex factors, or factors that are not square: exponents are not defined for
-        unequal widths.
+      ValueError: empty, integer or complex factors, or factors that are not square: exponents are
+        not defined for unequal widths.
 
     References:
       Benettin et al., Meccanica 15, 1980; Engelken, Gradient flossing, arXiv:2312.17306, 2023.
@@ -130,18 +133,19 @@ def lyapunov_exponents(factors: Any) -> LyapunovExponents:
     if isinstance(factors, list | tuple):
         shapes = [np.shape(x) for x in factors]
         raise ValueError(
-            f"lyapunov_exponents: a list of factors with shapes {shapes}; exponents per step need square factors of "
-            "one size, stacked to (..., L, N, N). For unequal widths use log_singular_values."
+            f"lyapunov_exponents: a list of factors with shapes {shapes}; exponents per step need "
+            "square factors of one size, stacked to (..., L, N, N). For unequal widths use "
+            "log_singular_values."
         )
     return _by_lane(_lyapunov, check_factors(factors, "lyapunov_exponents"))
 
 
 def moments(factors: Any, k: int | Sequence[int] = (1, 2)) -> Any:
-    """Logarithms of the spectral moments m_k = tr (J J^T)^k / N of J = W_L ... W_1, where m_k
-    itself overflows.
+    """Logarithms of the spectral moments m_k = tr (J J^T)^k / N of J = W_L ... W_1.
 
-    Differentiable on tracers, and defined where singular values coincide. Their ratio m_2 / m_1^2 - 1 is the relative
-    variance of the squared singular values (Pennington, Schoenholz, Ganguli 2017).
+    They exist where m_k itself overflows. Differentiable on tracers, and defined where singular
+    values coincide. m_2 / m_1^2 - 1 is the relative variance of the squared singular values
+    (Pennington, Schoenholz, Ganguli 2017).
 
     Args:
       factors: (..., L, N, N) floating, or a list of matrices of unequal shapes; N is then the rows
@@ -149,8 +153,8 @@ def moments(factors: Any, k: int | Sequence[int] = (1, 2)) -> Any:
       k: one moment, or several, at least 1 each.
 
     Returns:
-      (...) for an int, (..., len(k)) for a sequence, nats; -inf for a product that is zero. NumPy float64 on the
-      host; on tracers in the factors' own dtype.
+      (...) for an int, (..., len(k)) for a sequence, nats; -inf for a product that is zero. NumPy
+      float64 on the host; on tracers in the factors' own dtype.
 
     Raises:
       ValueError: factors as in `log_singular_values`; k below 1.
@@ -159,7 +163,7 @@ def moments(factors: Any, k: int | Sequence[int] = (1, 2)) -> Any:
       Pennington, Schoenholz, Ganguli, Resurrecting the sigmoid, arXiv:1711.04735, 2017, eq. 11 on.
 
     >>> import jax.numpy as jnp
-    >>> w = jnp.broadcast_to(2.0 * jnp.eye(3), (1000, 3, 3))                # m_1 = 4^1000
+    >>> w = jnp.broadcast_to(2.0 * jnp.eye(3), (1000, 3, 3))  # m_1 = 4^1000
     >>> moments(w, 1).round(3).tolist()
     1386.294
     """

@@ -4,9 +4,9 @@ diag(e^s) T is graded by QR in log scale until rows far apart in scale no longer
 singular values then come from float64 SVDs of overlapping windows of a few nats, each of which
 yields the values of its core. A product whose values all lie within 14 nats is one SVD.
 
-What is left between windows is e^-((2 passes - 1) halo): 1e-8 at the default tolerance. Cost: 3 QR
-factorisations and O(N) per window of the SVDs; `windows` is host-level, since where the windows lie
-depends on the values.
+The coupling left between windows is e^-((2 passes - 1) halo): 1e-8 at the default tolerance.
+Cost: 3 QR factorisations and O(N) per window of the SVDs; `windows` is host-level, since the values
+decide where the windows lie.
 
 References: as in `gradjax.spectrum.product`.
 """
@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from gradjax.spectrum.product import CLIP, Product, columns, safe_log, unit_triangle
+from gradjax.spectrum.logscale import CLIP, columns, safe_log, unit_triangle
+from gradjax.spectrum.product import Product
 
-ONE_SVD = 14.0  # nats of spread that one float64 SVD resolves to 1e-8 without grading
+# Nats of spread that one float64 SVD resolves to 1e-8 without grading.
+ONE_SVD = 14.0
 
 
 def fold_and_sort(s: Array, t: Array) -> tuple[Array, Array]:
@@ -40,11 +42,10 @@ def log_qr(a: Array, s: Array) -> tuple[Array, Array]:
 
 
 def grade(product: Product, passes: int) -> tuple[Array, Array]:
-    """X diag(e^s) T -> (s, T) with the same singular values, T upper triangular and nearly
-    diagonal.
+    """X diag(e^s) T -> (s, T) with the same singular values, T triangular and nearly diagonal.
 
-    A pass is diag(e^s) T = (Q R)^T in log scale. Rows that lie d nats apart mix by e^-d after the first pass, and
-    by e^-2d less with each further one.
+    A pass is diag(e^s) T = (Q R)^T in log scale. Rows that lie d nats apart mix by e^-d after the
+    first pass, and by e^-2d less with each further one.
     """
     column = columns(product.x_t)
     order = jnp.argsort(-(product.s + safe_log(column)))
@@ -53,16 +54,24 @@ def grade(product: Product, passes: int) -> tuple[Array, Array]:
     s, t = fold_and_sort(s, (t_t @ u_t).T)
     for i in range(passes):
         s, u_t = log_qr(t.T, s)
-        s, t = (s, u_t.T) if i == passes - 1 else fold_and_sort(s, u_t.T)
+        t = u_t.T
+        if i < passes - 1:
+            s, t = fold_and_sort(s, t)
     return s, t
 
 
 class Graded(NamedTuple):
-    """A product ready for its last SVDs."""
+    """A product ready for its last SVDs.
 
-    whole: Array  # (N,) log singular values by one SVD; NaN where the spread needs windows
-    s: Array  # (N,)
-    t: Array  # (N, N)
+    Attributes:
+      whole: (N,) log singular values by one SVD; NaN where the spread needs windows.
+      s: (N,) scales, nats.
+      t: (N, N) triangular.
+    """
+
+    whole: Array
+    s: Array
+    t: Array
 
 
 def finish(product: Product, passes: int) -> Graded:
@@ -77,13 +86,13 @@ def finish(product: Product, passes: int) -> Graded:
     def by_windows():
         return Graded(jnp.full_like(product.s, jnp.nan), *grade(product, passes))
 
-    return lax.cond(top - bottom < ONE_SVD, whole, by_windows)  # NaN and -inf compare false
+    # a spread of NaN or inf compares false
+    return lax.cond(top - bottom < ONE_SVD, whole, by_windows)
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
 def _window_values(s: Array, t: Array, jobs: Array, count: Array, *, size: int) -> Array:
-    """Log singular values of `count` windows of diag(e^s) T, one row each; the other rows are left
-    NaN.
+    """Log singular values of `count` windows of diag(e^s) T, one row each; other rows are NaN.
 
     A job is (lane, start, first, last): rows first..last-1 of the slice start..start+size-1.
     """
@@ -102,10 +111,12 @@ def _window_values(s: Array, t: Array, jobs: Array, count: Array, *, size: int) 
 
 
 def _plan(s: np.ndarray, halo: float, core: float) -> list[tuple[int, int, int, int]]:
-    """Windows (start, stop, first, last) over a nearly descending s; the cores first..last-1 tile
-    it.
+    """Windows (start, stop, first, last) over a nearly descending s.
+
+    The cores first..last-1 tile it.
     """
-    upper = np.maximum.accumulate(s[::-1])[::-1]  # robust to rows slightly out of order
+    # running extremes, for rows slightly out of order
+    upper = np.maximum.accumulate(s[::-1])[::-1]
     lower = np.minimum.accumulate(s)
     plan, i = [], 0
     while i < len(s):
@@ -118,10 +129,9 @@ def _plan(s: np.ndarray, halo: float, core: float) -> list[tuple[int, int, int, 
 
 
 def windows(graded: Graded, tol: float) -> np.ndarray:
-    """Log singular values of every lane, descending, (lanes, N) NumPy; NaN for lanes whose s is
-    NaN.
+    """(lanes, N) log singular values of every lane, descending, in NumPy; NaN where s is NaN.
 
-    Host-level: where the windows lie depends on the values.
+    Host-level: the values decide where the windows lie.
     """
     out = np.asarray(graded.whole).copy()
     lanes = np.flatnonzero(np.isnan(out).any(axis=1))
@@ -140,9 +150,8 @@ def windows(graded: Graded, tol: float) -> np.ndarray:
             size = min(n, max(16, 1 << (stop - start - 1).bit_length()))
             jobs.setdefault(size, []).append((lane, start, stop, first, last))
     for size, todo in jobs.items():
-        table = np.zeros(
-            (out.size, 4), np.int32
-        )  # of one length whatever the windows: compiled once per size
+        # one length whatever the windows, so that it compiles once per size
+        table = np.zeros((out.size, 4), np.int32)
         offset = [min(start, n - size) for _, start, *_ in todo]
         table[: len(todo)] = [
             (lane, o, start - o, stop - o)
@@ -159,10 +168,11 @@ def windows(graded: Graded, tol: float) -> np.ndarray:
 def _halo_and_core(tol: float) -> tuple[float, float]:
     """Nats kept beside, and solved inside, one window, for `passes(tol)` passes of grading."""
     if tol >= 1e-7:
-        return 6.0, 12.0  # e^-18 by three factors of e^-halo
+        # e^-18 by three factors of e^-halo
+        return 6.0, 12.0
     return 4.5, 5.0
 
 
 def passes(tol: float) -> int:
-    """Grading passes; what is left between windows is e^-((2 passes - 1) halo)."""
+    """Grading passes; the coupling left between windows is e^-((2 passes - 1) halo)."""
     return 2 if tol >= 1e-7 else 4

@@ -1,13 +1,13 @@
 """Log singular values of a product of matrices under a trace, in the factors' own dtype.
 
 Inside somebody else's jit, vmap or scan there is no float64 and no host, so neither the adaptive
-blocks nor the windows of `gradjax.spectrum.product` are to be had. What can be done with fixed
-shapes: J = Q diag(e^s) T by one Householder QR per factor, its columns sorted by scale (G. W.
-Stewart's graded QR), two QR passes in log scale, and a one-sided Jacobi iteration whose rotations
-are made from differences of logarithms, so that scales hundreds of nats apart never meet in one
-number.
+blocks of `gradjax.spectrum.product` nor the windows of `gradjax.spectrum.grading` are available.
+The algorithm for fixed shapes is J = Q diag(e^s) T by one Householder QR per factor, its columns
+sorted by scale (G. W. Stewart's graded QR), two QR passes in log scale, and a one-sided Jacobi
+iteration whose rotations are made from differences of logarithms, so that scales hundreds of nats
+apart never meet in one number.
 
-What it is worth in float32, against multi-precision references: 1e-4 to 3e-3 nats at a spread of
+Accuracy in float32, against multi-precision references: 1e-4 to 3e-3 nats at a spread of
 470 to 680 nats, 1e-5 where the product is well conditioned. Rank is lost (-inf) by rows and columns
 that are exactly zero; any other dependence shows as a value at the level of rounding.
 
@@ -24,11 +24,16 @@ from jax import Array, lax
 
 from gradjax.spectrum.factors import at_least_float32
 from gradjax.spectrum.grading import fold_and_sort, log_qr
-from gradjax.spectrum.product import columns, safe_log, unit_triangle
+from gradjax.spectrum.logscale import columns, safe_log, unit_triangle
 
-SWEEPS = 12  # of Jacobi; graded rows need 2 to 5
+# Maximum number of Jacobi sweeps; graded rows need 2 to 5.
+MAX_JACOBI_SWEEPS = 12
+
+# QR passes in log scale before them.
 PASSES = 2
-LOST = -1e30  # the scale of a lost direction while it takes part in differences
+
+# The scale of a lost direction while it takes part in differences.
+LOST = -1e30
 
 
 def _product(factors: Array) -> tuple[Array, Array]:
@@ -41,7 +46,8 @@ def _product(factors: Array) -> tuple[Array, Array]:
         m = jnp.matmul(w, q, precision="highest")
         order = jnp.argsort(-(s + safe_log(columns(m.T))))
         m, s, t = m[:, order], s[order], t[order]
-        for axis in (0, 1):  # rows, then columns, that are exactly zero
+        # a row or column that is exactly zero loses rank
+        for axis in (0, 1):
             rank = jnp.minimum(rank, jnp.sum(jnp.any(w != 0, axis=axis), dtype=jnp.int32))
         q, r_factor = jnp.linalg.qr(m)
         r = jnp.where(i < rank, jnp.abs(jnp.diagonal(r_factor)), 0.0)
@@ -58,14 +64,16 @@ def _round_robin(n: int) -> np.ndarray:
     """The circle method: row k meets row n/2 + k, then all but row 0 move on by one place."""
     half = n // 2
     top, bottom = list(range(half)), list(range(half, n))
-    return np.array(
-        [*top[:1], *bottom[:1], *top[1:-1], *bottom[1:], *top[-1:]] if half > 1 else [0, 1]
-    )
+    if half == 1:
+        return np.array([0, 1])
+    return np.array([*top[:1], *bottom[:1], *top[1:-1], *bottom[1:], *top[-1:]])
 
 
 def _rotate(s: Array, t: Array) -> tuple[Array, Array]:
-    """Make row k of diag(e^s) T orthogonal to row n/2 + k, for all k; also the largest cosine
-    met.
+    """Make row k of diag(e^s) T orthogonal to row n/2 + k, for all k.
+
+    Returns:
+      the new T; and the largest cosine that was found between two rows.
     """
     half = s.shape[0] // 2
     a, b = t[:half], t[half:]
@@ -73,7 +81,8 @@ def _rotate(s: Array, t: Array) -> tuple[Array, Array]:
     a_large = s[:half] + 0.5 * safe_log(aa) >= s[half:] + 0.5 * safe_log(bb)
     large, small = jnp.where(a_large, aa, bb), jnp.where(a_large, bb, aa)
     gap = jnp.where(a_large, s[half:] - s[:half], s[:half] - s[half:])
-    rho = jnp.exp(jnp.minimum(gap, 30.0))  # scale of the small row over that of the large one
+    # scale of the small row over that of the large one
+    rho = jnp.exp(jnp.minimum(gap, 30.0))
     product = aa * bb
     cosine = jnp.where(
         product > 0, jnp.abs(ab) / jnp.sqrt(jnp.where(product > 0, product, 1.0)), 0.0
@@ -110,16 +119,15 @@ def _jacobi(s: Array, t: Array) -> Array:
         return s, t / jnp.where(norm > 0, norm, 1.0)[:, None], worst, count + 1
 
     start = (s, t, jnp.ones((), t.dtype), jnp.asarray(0, jnp.int32))
-    s, *_ = lax.while_loop(lambda st: (st[2] > enough) & (st[3] < SWEEPS), sweep, start)
+    s, *_ = lax.while_loop(lambda st: (st[2] > enough) & (st[3] < MAX_JACOBI_SWEEPS), sweep, start)
     return -jnp.sort(-jnp.where(s <= LOST / 2, -jnp.inf, s))[:n]
 
 
 @jax.custom_jvp
 def log_singular_values(factors: Array) -> Array:
-    """factors (L, N, N) -> (N,) nats, descending, in the dtype of the factors (float32 for half
-    precision).
+    """factors (L, N, N) -> (N,) nats, descending, in the dtype of the factors.
 
-    NaN where a factor is NaN or inf. Batches by `jax.vmap`.
+    Half precision is computed in float32. NaN where a factor is NaN or inf. Batches by `jax.vmap`.
     """
     s, t = _product(factors.astype(at_least_float32(factors.dtype)))
     broken = jnp.any(jnp.isnan(s)) | ~jnp.all(jnp.isfinite(factors))
@@ -134,6 +142,7 @@ def log_singular_values(factors: Array) -> Array:
 @log_singular_values.defjvp
 def _no_derivative(primals, tangents):
     raise NotImplementedError(
-        "log_singular_values has no derivative: a singular value has none where two of them meet, and its vectors are "
-        "not computed. Differentiate lyapunov_exponents (all exponents, by QR) or moments (tr (J J^T)^k) instead."
+        "log_singular_values has no derivative: a singular value has none where two of them meet, "
+        "and its vectors are not computed. Differentiate lyapunov_exponents (all exponents, by QR) "
+        "or moments (tr (J J^T)^k) instead."
     )
