@@ -15,7 +15,7 @@ from gradjax.core import scale
 from gradjax.diagnosis.probing import Measurement
 from gradjax.diagnosis.rules import Dynamics
 from gradjax.taps.probe import arrays_of, merger
-from gradjax.transforms import telemetry
+from gradjax.transforms import clipping_rules, telemetry
 
 PyTree = Any
 
@@ -45,18 +45,19 @@ def observe(
         out = loss_fn(params, *args)
         return out[0] if has_aux else out
 
-    losses, seen, bad = np.zeros(0), {}, _bad_leaves(opt_state)
+    losses, seen, clipping, bad = np.zeros(0), {}, (), _bad_leaves(opt_state)
     largest, log_norms, max_norms = None, None, _max_norms(tx)
     if tx is not None:
         state = tx.init(params) if opt_state is None else opt_state
         losses, state, largest, log_norms = _steps(scalar, tx, params, state, args, num_steps)
         seen = {key: np.asarray(value) for key, value in telemetry(state).items()}
+        clipping = clipping_rules(state)
         # a state that breaks only because the loss does is not the optimiser's fault
         if not bad and np.isfinite(losses).all():
             bad = _bad_leaves(state)
     elif opt_state is None:
         not_run["frozen_optimizer"] = "needs opt_state or tx"
-    if not max_norms and not any(key.endswith("/clip_fraction") for key in seen):
+    if not max_norms and not clipping:
         not_run["clipping_always, clipping_never"] = (
             "need tx that clips: a rule of gradjax.transforms, or by norm"
         )
@@ -81,6 +82,7 @@ def observe(
         sharpness=sharpness,
         learning_rate=learning_rate,
         from_history=history is not None,
+        clipping=clipping,
     )
     return dynamics, not_run
 

@@ -166,3 +166,21 @@ def test_cotangents_out_of_range_have_a_cause_by_their_dtype():
     backward = replace(evidence([0.0] * 30), cotangents={"hidden_2": overflow})
     assert found(replace(backward, half=True))[0].cause == "float_range"
     assert found(replace(backward, half=False))[0].cause == "invalid_operation"
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        synthetic.clipped(0.5),
+        synthetic.clipped(1.0, 0.0),
+        synthetic.clipped(0.0, 0.3),
+        synthetic.clipped(1.0, 0.5),
+        synthetic.clipped(1.0, declared=False),
+        synthetic.clipped(0.0, declared=False),
+    ],
+)
+def test_a_threshold_that_clips_now_and_then_or_is_none_is_healthy(seen):
+    assert not findings(evidence([0.0] * 9), seen)

@@ -117,10 +117,18 @@ def _dynamics(losses=(1.0, 1.0, 1.0), **changes) -> Dynamics:
     return Dynamics(losses=np.array(losses, float), telemetry={}, **changes)
 
 
-def _clipped(fraction: float) -> Dynamics:
-    keys = {"clip_fraction": fraction, "count": 20.0, "log2_norm": 1.0}
-    telemetry = {f"0.clip_by_global_norm/{key}": np.float32(x) for key, x in keys.items()}
-    return Dynamics(losses=np.ones(21), telemetry=telemetry)
+def clipped(fraction: float, *of_leaves: float, declared: bool = True) -> Dynamics:
+    """Twenty steps with a rule that clipped in that fraction of them, or of each leaf's."""
+    rule = "0.a_rule"
+    telemetry = {f"{rule}/count": np.int32(20)}
+    if of_leaves:
+        for i, x in enumerate((fraction, *of_leaves)):
+            leaf = {f"{rule}/clip_fraction/[{i}]": x, f"{rule}/log2_norm/[{i}]": 1.0}
+            telemetry |= {key: np.float32(value) for key, value in leaf.items()}
+    else:
+        telemetry |= {f"{rule}/clip_fraction": np.float32(fraction)}
+        telemetry |= {f"{rule}/log2_norm": np.float32(1.0)}
+    return Dynamics(np.ones(21), telemetry, clipping=(rule,) if declared else ())
 
 
 _BAD = Statistics(*map(np.float32, (np.inf, 1.0, 1.0, 3.0, 0.0)))
@@ -183,8 +191,9 @@ PLANTED: dict[str, list[Callable[[], Evidence | Dynamics]]] = {
     ],
     "loss_spikes": [lambda: _dynamics(_SPIKE, from_history=True)],
     "clipping_always": [
-        lambda: _clipped(1.0),
+        lambda: clipped(1.0),
+        lambda: clipped(1.0, 0.995),
         lambda: _dynamics(np.ones(21), log_norms=np.ones(20), max_norms=(0.1,)),
     ],
-    "clipping_never": [lambda: _clipped(0.0)],
+    "clipping_never": [lambda: clipped(0.0), lambda: clipped(0.0, 0.0)],
 }

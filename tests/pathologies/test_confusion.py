@@ -3,6 +3,7 @@ rates that were measured once.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -49,9 +50,10 @@ def test_every_third_case_of_the_unseen_half_and_four_of_the_other():
     command = [sys.executable, str(HERE / "pathologies" / "confusion.py"), "--json"]
     options = ["--half", "unseen", "--every", "3", "--also"]
     named = ["relu_scan_taps", "tanh_small", "rnn_gain", "stop_gradient"]
-    done = subprocess.run(
-        [*command, *options, *named], capture_output=True, text=True, timeout=3000
-    )
+    # the time goes into compiling: two fifths less
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command += [*options, *named]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=env)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     record = json.loads(done.stdout.splitlines()[-1])
     for name in named:

@@ -25,6 +25,7 @@ class Dynamics:
     Attributes:
       losses: (steps,) in order.
       telemetry: of the optimiser after the last step.
+      clipping: `<position>.<rule>` of the rules that clip, as the keys of `telemetry` begin.
       opt_bad: leaves of the optimiser's state that hold inf or NaN.
       largest_update: the largest absolute entry of an update in any of the steps.
       log_norms: (steps,) log norms of the gradients.
@@ -45,6 +46,7 @@ class Dynamics:
     sharpness: float | None = None
     learning_rate: float | None = None
     from_history: bool = False
+    clipping: tuple[str, ...] = ()
 
 
 def frozen_optimizer(d: Dynamics) -> list[Finding]:
@@ -152,24 +154,33 @@ def clipping(d: Dynamics) -> list[Finding]:
                 "max_norm": limit,
                 "log2_norm": float(np.median(norms)) / math.log(2),
             }
-            out += _clipped("clip_by_global_norm", fraction, evidence)
-    for key, value in d.telemetry.items():
-        if not key.endswith("/clip_fraction") or np.ndim(value) > 0:
-            continue
-        rule = key.removesuffix("/clip_fraction")
+            out += _clipped("clip_by_global_norm", fraction, fraction, evidence)
+    for rule in d.clipping:
+        fractions = _field(d.telemetry, rule, "clip_fraction")
         steps = float(d.telemetry.get(f"{rule}/count", 0))
-        if steps < FEWEST_STEPS or "clip" not in rule.split(".")[-1]:
+        if steps < FEWEST_STEPS or not fractions.size:
             continue
-        log2_norm = float(np.max(d.telemetry[f"{rule}/log2_norm"]))
-        evidence = {"clip_fraction": float(value), "steps": steps, "log2_norm": log2_norm}
-        out += _clipped(rule, float(value), evidence)
+        lowest, highest = float(fractions.min()), float(fractions.max())
+        log2_norm = float(np.max(_field(d.telemetry, rule, "log2_norm"), initial=-np.inf))
+        evidence = {"clip_fraction": lowest, "steps": steps, "log2_norm": log2_norm}
+        out += _clipped(rule, lowest, highest, evidence)
     return out
 
 
-def _clipped(rule: str, fraction: float, evidence: dict[str, Any]) -> list[Finding]:
+def _field(telemetry: dict[str, np.ndarray], rule: str, field: str) -> np.ndarray:
+    """The numbers of one field of a rule: one, or one per leaf, and per layer of a stacked leaf."""
+    key = f"{rule}/{field}"
+    found = [x for name, x in telemetry.items() if name == key or name.startswith(f"{key}/")]
+    return np.concatenate([np.ravel(np.asarray(x, float)) for x in found] or [np.zeros(0)])
+
+
+def _clipped(rule: str, lowest: float, highest: float, evidence: dict[str, Any]) -> list[Finding]:
+    """The finding for a rule by the clip fractions of its leaves: it clips all of them in every
+    step, or none in any.
+    """
     place = where("rule", 0, rule)
-    if fraction >= ALWAYS_CLIPPED:
+    if lowest >= ALWAYS_CLIPPED:
         return [Finding("clipping_always", place, "clipping_threshold", evidence)]
-    if fraction == 0.0:
+    if highest == 0.0:
         return [Finding("clipping_never", place, "clipping_threshold", evidence)]
     return []
