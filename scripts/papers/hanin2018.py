@@ -49,7 +49,7 @@ class Config:
     widening: int = 1  # factor on the widths of the bottleneck profile
 
 
-SMALL = {"num_samples": 1000}
+SMALL = {"num_samples": 2000}
 CONTROLS = {
     "sigma_w 5% off": {"gain": 1.05},
     "linear": {"activation": "linear", "gain": 0.5**0.5},

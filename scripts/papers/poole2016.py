@@ -47,7 +47,7 @@ class Config:
     activation: str = "tanh"
 
 
-SMALL = {"width": 500, "num_samples": 24, "num_points": 4}
+SMALL = {"width": 500, "num_samples": 32, "num_points": 4}
 CONTROLS = {"sigma_w 5% off": {"gain": 1.05}, "erf in place of tanh": {"activation": "erf"}}
 
 

@@ -46,9 +46,9 @@ class Config:
 
 SMALL = {
     "width": 500,
-    "num_samples": 6,
+    "num_samples": 12,
     "gradient_width": 300,
-    "num_gradients": 8,
+    "num_gradients": 12,
     "gradient_layers": 20,
 }
 CONTROLS = {"sigma_w 5% off": {"gain": 1.05}, "sigma_w 5% low": {"gain": 0.95}}
