@@ -114,6 +114,7 @@ def by_group(
     limit: Callable[[Array, Norm], Norm],
     stacked: Stacked,
     needs_params: bool = False,
+    shrink: Callable[[Array, Norm, Norm], tuple[Array, Array]] = limit_to,
 ) -> optax.GradientTransformationExtraArgs:
     """A rule that limits the norm of every group of entries of every leaf.
 
@@ -124,6 +125,7 @@ def by_group(
         norms allowed.
       stacked: as in `stacked_leaves`.
       needs_params: whether `limit` reads the parameters' norms.
+      shrink: as `limit_to`.
     """
 
     def update(updates, memory, params):
@@ -141,7 +143,7 @@ def by_group(
             measured = scale.array_norms(jax.tree.leaves(params), groups)
         done = []
         for x, flag, size, norm in zip(leaves, flags, sizes, measured, strict=True):
-            out, over = limit_to(x, size, limit(x, norm))
+            out, over = shrink(x, size, limit(x, norm))
             fraction = layer_rows(over.astype(jnp.float32), flag)
             if x.size:
                 fraction = jnp.mean(fraction, axis=-1)
@@ -210,7 +212,23 @@ def clip_by_block_rms(
         root = scale.of_number(np.sqrt(entries), dtype)
         return scale.times(scale.of_number(threshold, dtype), root)
 
-    return by_group("clip_by_block_rms", layer_axes, limit, stacked)
+    def shrink(x, size, bound):
+        out, over = limit_to(x, size, bound)
+        if jnp.iscomplexobj(x) or not x.size:
+            return out, over
+        # Optax's formula where nothing in it leaves the range of the floats: the same roundings.
+        wide = scale.widen(x)
+        axes = tuple(a for a in range(x.ndim) if size.mantissa.shape[a : a + 1] == (1,))
+        total = jnp.sum(jnp.square(wide), axis=axes, keepdims=True)
+        is_plain = (total >= 2.0**-90) & (total < 2.0**120)
+        mean = jnp.where(is_plain, total, 1) / (x.size // total.size)
+        divisor = jnp.sqrt(mean) / jnp.asarray(threshold, wide.dtype)
+        is_plain = over & is_plain & (divisor < 2.0**100)
+        # By one divisor for all XLA would multiply with its reciprocal, which is rounded.
+        divisor = divisor + 0 * wide
+        return jnp.where(is_plain, (wide / divisor).astype(x.dtype), out), over
+
+    return by_group("clip_by_block_rms", layer_axes, limit, stacked, shrink=shrink)
 
 
 def unit_axes(
