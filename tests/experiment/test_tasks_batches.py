@@ -30,6 +30,7 @@ def test_an_epoch_is_a_permutation(n):
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.broadcast_to(positions, (25, n)))
 
 
+@pytest.mark.slow
 def test_an_epoch_visits_every_example_once_in_a_jitted_scan(key):
     num_steps, batch_size = 30, 8
     keys = jnp.stack([jax.random.key(5), key])

@@ -2,11 +2,13 @@
 
 import jax
 import numpy as np
+import pytest
 
 from bounds import assert_rounding
 from gradjax.experiment.tasks.graphs import communities
 
 
+@pytest.mark.slow
 def test_communities(key):
     """A_hat is symmetric with largest eigenvalue 1, neighbours are alike, features say a little."""
     graphs = jax.jit(lambda key: communities(key, 50))(key)
