@@ -3,7 +3,7 @@
 The graph of a traced loss has one sink, the loss. v *post-dominates* u when every path from u to
 the loss runs through v (Prosser 1959; immediate post-dominators by one sweep backwards, Cooper,
 Harvey & Kennedy 2001). A parameter becomes an *activation* where it meets data. Calls inside a
-jaxpr are written in place; a scan's body is a graph of its own.
+jaxpr are treated as if written in place; the body of a scan is a graph of its own.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend import core
 
-from gradjax.taps.jaxprs import INLINE, REMAT, Path, inner, insides, scan_split
+from gradjax.taps.jaxprs import INLINE, REMAT, Literal, Path, inner, insides, scan_split
 
-NEUTRAL, DATA, PARAM, ACT = range(
-    4
-)  # literals and what is made of them; data; parameters alone; activations
+# What a variable holds: literals and what is computed from them only; data; parameters and what is
+# computed from them only; activations.
+NEUTRAL, DATA, PARAM, ACT = range(4)
+# Primitives without a derivative.
 CUTS = {
     "stop_gradient",
     "floor",
@@ -28,23 +28,22 @@ CUTS = {
     "is_finite",
     "argmax",
     "argmin",
-}  # no derivative
+}
 PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
-ENTRY, OUTSIDE = (
-    -1,
-    -2,
-)  # where an activation in a scan's body comes from: the carry, or elsewhere outside
+# Producers of activations that enter the body of a scan: the carry, and anything else outside.
+ENTRY, OUTSIDE = -1, -2
 
 
 class Value(NamedTuple):
-    """What is known of a variable."""
+    """What is known about a variable."""
 
     kind: int = NEUTRAL
-    node: int | None = None  # that produced it, if it is an activation
-    leaves: frozenset[int] = (
-        frozenset()
-    )  # the parameters that it is made of, if it is made of parameters alone
-    out: int = 0  # which of the node's outputs
+    # the node that produced it, if it is an activation
+    node: int | None = None
+    # the parameters that it is computed from, if it is computed from parameters only
+    leaves: frozenset[int] = frozenset()
+    # which of the node's outputs it is
+    out: int = 0
 
 
 @dataclasses.dataclass
@@ -54,18 +53,21 @@ class Node:
     path: Path
     primitive: str
     eqn: Any
-    uses: frozenset[
-        tuple[int, int]
-    ]  # (producer, which of its outputs) of the activations that go in
-    leaves: frozenset[int] = frozenset()  # parameters that meet activations here
-    fan_in: int = 0  # of the weights applied here; 0 where there are none
+    # (producer, which of its outputs) of the activations among the operands
+    uses: frozenset[tuple[int, int]]
+    # parameters that meet activations here
+    leaves: frozenset[int] = frozenset()
+    # of the weights applied here; 0 if there are none
+    fan_in: int = 0
     fan_out: int = 0
-    body: "Frame | None" = None  # of a scan
-    over_time: bool = False  # a scan that uses the same weights in every iteration
+    # the graph of a scan's body
+    body: "Frame | None" = None
+    # a scan that uses the same weights in every iteration
+    over_time: bool = False
 
     @property
     def inputs(self) -> set[int]:
-        """The producers of the activations that go in."""
+        """The producers of the activations among the operands."""
         return {producer for producer, _ in self.uses}
 
     @property
@@ -76,29 +78,27 @@ class Node:
 
 @dataclasses.dataclass
 class Frame:
-    """The activations' graph of a jaxpr, calls inside it written in place; a scan's body is a frame
-    of its own.
-    """
+    """The graph of a jaxpr's activations; a node without consumers is not alive."""
 
     nodes: list[Node] = dataclasses.field(default_factory=list)
     outputs: list[Value] = dataclasses.field(default_factory=list)
-    consumers: dict[int, set[int]] = dataclasses.field(
-        default_factory=dict
-    )  # of alive nodes, and of ENTRY
-    dominator: dict[int, int] = dataclasses.field(
-        default_factory=dict
-    )  # immediate post-dominators; the sink is len(nodes)
-    sliced: set[int] = dataclasses.field(default_factory=set)  # parameters of which parts are taken
-    used: frozenset[int] = frozenset()  # parameters with a differentiable way to the outputs
+    # alive node, or ENTRY -> the nodes that use it; the sink is len(nodes)
+    consumers: dict[int, set[int]] = dataclasses.field(default_factory=dict)
+    # alive node, or ENTRY -> its immediate post-dominator
+    dominator: dict[int, int] = dataclasses.field(default_factory=dict)
+    # parameters of which parts are taken
+    sliced: set[int] = dataclasses.field(default_factory=set)
+    # parameters with a differentiable path to the outputs
+    used: frozenset[int] = frozenset()
 
 
 def is_float(atom: Any) -> bool:
-    """Whether a variable or literal holds what can be differentiated."""
+    """Whether a variable or literal can be differentiated."""
     return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
 
 
 def _fans(eqn: Any, weights: int) -> tuple[int, int]:
-    """(fan_in, fan_out) of the operand `weights` of a product."""
+    """(fan_in, fan_out) of operand number `weights` of a product."""
     shape = eqn.invars[weights].aval.shape
     size = math.prod(shape)
     numbers = eqn.params["dimension_numbers"]
@@ -118,19 +118,34 @@ def _fans(eqn: Any, weights: int) -> tuple[int, int]:
 
 
 def _holds_product(jaxpr: Any) -> bool:
-    return any(
-        e.primitive.name in PRODUCTS or any(_holds_product(each) for _, each in insides(e))
-        for e in jaxpr.jaxpr.eqns
-    )
+    for eqn in jaxpr.jaxpr.eqns:
+        if eqn.primitive.name in PRODUCTS:
+            return True
+        if any(_holds_product(each) for _, each in insides(eqn)):
+            return True
+    return False
 
 
 def walk(jaxpr: Any, given: Sequence[Value], frame: Frame, path: Path) -> list[Value]:
-    """Add the equations of a closed jaxpr to `frame`; the values of its outputs."""
+    """Add the equations of a closed jaxpr to `frame`.
+
+    Args:
+      jaxpr: closed.
+      given: what is known about its operands.
+      frame: the graph that grows.
+      path: where the jaxpr stands in the whole one.
+
+    Returns:
+      What is known about the jaxpr's outputs.
+    """
     env: dict[Any, Value] = {}
     for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
         env[var] = Value(NEUTRAL if getattr(const, "size", 1) <= 1 else DATA)
     env.update(zip(jaxpr.jaxpr.invars, given, strict=True))
-    read = lambda atom: Value() if isinstance(atom, core.Literal) else env[atom]
+
+    def read(atom):
+        return Value() if isinstance(atom, Literal) else env[atom]
+
     for i, eqn in enumerate(jaxpr.jaxpr.eqns):
         values, here = [read(atom) for atom in eqn.invars], (*path, i)
         if eqn.primitive.name in INLINE | REMAT:
@@ -138,7 +153,7 @@ def walk(jaxpr: Any, given: Sequence[Value], frame: Frame, path: Path) -> list[V
         elif eqn.primitive.name == "scan":
             out = _walk_scan(eqn, values, frame, here)
         else:
-            out = _walk_plain(eqn, values, frame, here)
+            out = _walk_equation(eqn, values, frame, here)
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
@@ -156,23 +171,24 @@ def _leaves(values: Iterable[Value]) -> frozenset[int]:
     return frozenset().union(*(v.leaves for v in values if v.kind == PARAM))
 
 
-def _walk_plain(eqn: Any, values: list[Value], frame: Frame, here: Path) -> list[Value]:
+def _walk_equation(eqn: Any, values: list[Value], frame: Frame, here: Path) -> list[Value]:
     name, kinds, leaves = eqn.primitive.name, {v.kind for v in values}, _leaves(values)
     if name in CUTS or not any(map(is_float, eqn.outvars)):
         return [Value(DATA if kinds - {NEUTRAL} else NEUTRAL)] * len(eqn.outvars)
     if name in ("slice", "dynamic_slice", "gather") and kinds <= {PARAM, NEUTRAL}:
         frame.sliced |= leaves
-    bulky = any(
+    has_constant_array = any(
         v.kind == NEUTRAL and atom.aval.shape for v, atom in zip(values, eqn.invars, strict=True)
     )
-    meets = PARAM in kinds and (DATA in kinds or (name in PRODUCTS and bulky))
+    meets = PARAM in kinds and (DATA in kinds or (name in PRODUCTS and has_constant_array))
     if ACT not in kinds and not meets:
         return [Value(max(kinds, default=NEUTRAL), None, leaves)] * len(eqn.outvars)
     node = Node(here, name, eqn, _producers(values), leaves)
     if name in PRODUCTS and PARAM in kinds:
         node.fan_in, node.fan_out = _fans(eqn, [v.kind for v in values].index(PARAM))
     elif name == "gather" and values[0].kind == PARAM:
-        node.fan_in = node.fan_out = 1  # a table: each output is one row
+        # an embedding table: each output is one row
+        node.fan_in = node.fan_out = 1
     elif PARAM in kinds and any(_holds_product(each) for _, each in insides(eqn)):
         node.fan_in = node.fan_out = max(eqn.outvars[0].aval.shape[-1:] or (1,))
     index = _add(frame, node)
@@ -185,43 +201,59 @@ def _walk_plain(eqn: Any, values: list[Value], frame: Frame, here: Path) -> list
 def _walk_scan(eqn: Any, values: list[Value], frame: Frame, here: Path) -> list[Value]:
     num_consts, num_carry = scan_split(eqn)
     ends = num_consts + num_carry
-    outside = lambda v: v._replace(node=OUTSIDE) if v.kind == ACT else v
-    consts, xs = [outside(v) for v in values[:num_consts]], [outside(v) for v in values[ends:]]
-    carry = [v.kind for v in values[num_consts:ends]]
-    while True:  # a carry is what goes in and what comes back: at most three rounds
-        body = Frame()
-        entry = [Value(kind, ENTRY if kind == ACT else None) for kind in carry]
-        out = walk(inner(eqn), [*consts, *entry, *xs], body, here)
-        again = [max(a, b.kind) for a, b in zip(carry, out, strict=False)]
-        if again == carry:
-            break
-        carry = again
-    body.outputs = out
-    link_up(body)
-    kinds = {v.kind for v in out}
-    if ACT not in kinds:
-        return out
-    stacked, shared = _leaves(xs), _leaves(consts)
-    weights = [n for n in body.nodes if n.weighs]
+    consts, xs = _from_outside(values[:num_consts]), _from_outside(values[ends:])
+    body = _walk_body(eqn, consts, values[num_consts:ends], xs, here)
+    if all(v.kind != ACT for v in body.outputs):
+        return body.outputs
     node = Node(here, "scan", eqn, _producers(values), body.used, body=body)
-    node.fan_in, node.fan_out = (weights[0].fan_in, weights[0].fan_out) if weights else (0, 0)
+    weights = [n for n in body.nodes if n.weighs]
+    if weights:
+        node.fan_in, node.fan_out = weights[0].fan_in, weights[0].fan_out
     used = frozenset().union(*(n.leaves for n in weights))
+    stacked, shared = _leaves(xs), _leaves(consts)
     node.over_time = bool(used & shared) and not used & stacked
     index = _add(frame, node)
-    return [Value(ACT, index, out=k) if v.kind == ACT else v for k, v in enumerate(out)]
+    return [Value(ACT, index, out=k) if v.kind == ACT else v for k, v in enumerate(body.outputs)]
+
+
+def _from_outside(values: Iterable[Value]) -> list[Value]:
+    """The values as the body of a scan sees them."""
+    return [v._replace(node=OUTSIDE) if v.kind == ACT else v for v in values]
+
+
+def _walk_body(eqn: Any, consts: list, carry: list, xs: list, here: Path) -> Frame:
+    """The graph of a scan's body.
+
+    A carried value is of the kind of its start or of its next value, whichever is greater, so the
+    body is walked until these kinds do not change: at most three times.
+    """
+    kinds = [v.kind for v in carry]
+    while True:
+        body = Frame()
+        entry = [Value(kind, ENTRY if kind == ACT else None) for kind in kinds]
+        body.outputs = walk(inner(eqn), [*consts, *entry, *xs], body, here)
+        again = [max(kind, v.kind) for kind, v in zip(kinds, body.outputs, strict=False)]
+        if again == kinds:
+            link_up(body)
+            return body
+        kinds = again
 
 
 def link_up(frame: Frame) -> None:
-    """Consumers and immediate post-dominators of the nodes with a way to the outputs."""
-    frame.consumers, frame.dominator = {}, {}
+    """Find consumers and immediate post-dominators of the nodes with a path to the outputs."""
     sink = len(frame.nodes)
     alive = {v.node for v in frame.outputs if v.kind == ACT and v.node is not None}
     frame.consumers = {u: {sink} for u in alive}
-    depth, ahead = {sink: 0}, frame.dominator
+    depth, ahead = {sink: 0}, {}
+    frame.dominator = ahead
 
     def common(a: int, b: int) -> int:
+        """The nearest node that post-dominates both."""
         while a != b:
-            a, b = (ahead[a], b) if depth[a] >= depth[b] else (a, ahead[b])
+            if depth[a] >= depth[b]:
+                a = ahead[a]
+            else:
+                b = ahead[b]
         return a
 
     def settle(u: int) -> None:
@@ -238,27 +270,31 @@ def link_up(frame: Frame) -> None:
             frame.consumers.setdefault(v, set()).add(u)
     if ENTRY in frame.consumers:
         settle(ENTRY)
-    used = {(v.node, v.out) for v in frame.outputs if v.kind == ACT}
-    used = used.union(*(frame.nodes[u].uses for u in frame.consumers if 0 <= u < sink))
-    for u, node in enumerate(frame.nodes):
-        if (
-            node.body is not None and u in frame.consumers
-        ):  # what a scan stacks up may be used by nobody
-            carried = scan_split(node.eqn)[1]
-            outputs = node.body.outputs
-            node.body.outputs = [
-                v if k < carried or (u, k) in used else Value(DATA) for k, v in enumerate(outputs)
-            ]
-            link_up(node.body)
-            node.leaves = node.body.used
+    living = [u for u in frame.consumers if 0 <= u < sink]
+    _drop_unused_stacks(frame, living)
     direct = frozenset().union(*(v.leaves for v in frame.outputs))
-    frame.used = direct.union(
-        *(frame.nodes[u].leaves for u in frame.consumers if u >= 0 and u < sink)
-    )
+    frame.used = direct.union(*(frame.nodes[u].leaves for u in living))
+
+
+def _drop_unused_stacks(frame: Frame, living: Sequence[int]) -> None:
+    """Link the bodies of scans again without the stacked outputs that nothing uses."""
+    used = {(v.node, v.out) for v in frame.outputs if v.kind == ACT}
+    used = used.union(*(frame.nodes[u].uses for u in living))
+    for u in sorted(living):
+        node = frame.nodes[u]
+        if node.body is None:
+            continue
+        carried = scan_split(node.eqn)[1]
+        outputs = enumerate(node.body.outputs)
+        node.body.outputs = [
+            v if k < carried or (u, k) in used else Value(DATA) for k, v in outputs
+        ]
+        link_up(node.body)
+        node.leaves = node.body.used
 
 
 def chain_from(frame: Frame, start: int) -> list[int]:
-    """The post-dominators of a node in the order of the computation, itself first."""
+    """A node and its post-dominators in the order of the computation."""
     chain, sink = [], len(frame.nodes)
     while start != sink:
         if start >= 0:
@@ -268,16 +304,20 @@ def chain_from(frame: Frame, start: int) -> list[int]:
 
 
 def main_chain(frame: Frame, inside_scan: bool) -> list[int]:
-    """The chain from the carry of a scan's body, or from the input with the most layers ahead of
-    it.
-    """
+    """The chain from a scan's carry or, outside, from the input with the most layers ahead."""
     if inside_scan:
         return chain_from(frame, ENTRY) if ENTRY in frame.dominator else []
     roots = [u for u in sorted(frame.consumers) if not frame.nodes[u].inputs]
     chains = [chain_from(frame, root) for root in roots]
-    weight = lambda chain: sum(_rows(frame.nodes[u]) for u in chain)
-    return max(chains, key=weight, default=[])  # the first of the longest
+
+    def num_layers(chain: list[int]) -> int:
+        return sum(_rows(frame.nodes[u]) for u in chain)
+
+    # Of several longest chains, `max` returns the first.
+    return max(chains, key=num_layers, default=[])
 
 
 def _rows(node: Node) -> int:
-    return node.eqn.params["length"] if node.body is not None and not node.over_time else 1
+    """How many layers a node counts for: a scan over stacked weights, one for each iteration."""
+    is_stack = node.body is not None and not node.over_time
+    return node.eqn.params["length"] if is_stack else 1

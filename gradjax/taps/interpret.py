@@ -1,17 +1,21 @@
-"""A jaxpr evaluated once more, with something done at chosen values: the engine of `gradjax.probe`.
+"""Evaluate a jaxpr again and do something at chosen values: the engine of `gradjax.probe`.
 
 Each *site* is the first output of an equation (or a carried value of a scan), known by its path. At
-a site the value goes through `attach(path, value, sink)`; differentiating with respect to the sinks
-gives what `attach`'s backward pass says of the cotangent. With x + sink it is the cotangent itself;
-with a function whose backward pass returns statistics in the sink's place it is those, and the
+a site the value goes through `attach(path, value, sink)`. Differentiating with respect to the sinks
+gives what the backward pass of `attach` returns for them: with value + sink the cotangent itself,
+with a function whose backward pass returns statistics in the sink's place those statistics, and the
 cotangent is never stored. A scan stacks them, one row for each iteration.
 
-    jit, scan, checkpoint, cond      values and cotangents; a branch of `cond` not taken has NaN values and no cotangent
-    while, custom_jvp, custom_vjp    values alone (of a while the last turn's): their derivatives are not their insides'
+    jit, scan, checkpoint, cond      values and cotangents
+    while, custom_jvp, custom_vjp    values only: their derivatives are not those of their insides
     shard_map, pallas_call, ...      refused by name, never missed
+
+In a branch of `cond` that was not taken, values are NaN and cotangents zero. A `while` has the
+values of its last iteration.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,12 +45,12 @@ class Site(NamedTuple):
 
     path: Path
     name: str
-    kind: str  # "tap", "module", or what found it otherwise ("relu", "skip", "carry", ...)
+    kind: str  # "tap", "module", or what else it is ("relu", "skip", "carry", ...)
     label: str  # class of the module
-    shape: tuple[int, ...]  # of one row
+    shape: tuple[int, ...]  # shape of one row
     dtype: Any
     lead: tuple[int, ...] = ()  # lengths of the scans around it
-    values_only: bool = False
+    values_only: bool = False  # it has no cotangent
 
 
 def enterable(eqn: Any) -> bool:
@@ -56,9 +60,16 @@ def enterable(eqn: Any) -> bool:
 
 def named_sites(
     jaxpr: Any, path: Path = (), lead: tuple[int, ...] = (), values_only: bool = False
-) -> tuple:
-    """([Site] of every name in a closed jaxpr in the order of evaluation, {name: why it cannot be
-    watched}).
+) -> tuple[list[Site], dict[str, str]]:
+    """Every name in a closed jaxpr.
+
+    Args:
+      jaxpr: closed.
+      path, lead, values_only: where this jaxpr stands in the whole one.
+
+    Returns:
+      sites: in the order of evaluation.
+      skipped: name -> why it cannot be watched.
     """
     sites, skipped = [], {}
     for i, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -68,19 +79,15 @@ def named_sites(
             aval = eqn.outvars[0].aval
             sites.append(Site(here, name, kind, label, aval.shape, aval.dtype, lead, values_only))
             continue
+        rows = (*lead, eqn.params["length"]) if primitive == "scan" else lead
+        is_values_only = primitive in VALUES_ONLY
         for number, (key, each) in enumerate(insides(eqn)):
-            rows = (*lead, eqn.params["length"]) if primitive == "scan" else lead
             branch = (*here, number) if primitive == "cond" else here
-            found, refused = named_sites(
-                each, branch, rows, values_only or primitive in VALUES_ONLY
-            )
-            if not (enterable(eqn) or primitive in VALUES_ONLY) or (
-                primitive == "while" and key == "cond_jaxpr"
-            ):
-                refused |= {
-                    site.name: f"it lies inside {primitive}, which a probe does not look into"
-                    for site in found
-                }
+            found, refused = named_sites(each, branch, rows, values_only or is_values_only)
+            is_condition = primitive == "while" and key == "cond_jaxpr"
+            if is_condition or not (enterable(eqn) or is_values_only):
+                reason = f"it lies inside {primitive}, which a probe does not look into"
+                refused |= {site.name: reason for site in found}
                 found = []
             sites += found
             skipped |= refused
@@ -90,25 +97,36 @@ def named_sites(
 class Watch(NamedTuple):
     """What is done at the sites of one run."""
 
-    attach: Callable[[Path, Array, PyTree], Array]
-    measure: Callable[[Path, Array], PyTree]
-    paths: frozenset[Path]
-    prefixes: frozenset[Path]  # of equations that have a site inside
+    attach: Callable[[Path, Array, PyTree], Array]  # (path, value, sink) -> value
+    measure: Callable[[Path, Array], PyTree]  # (path, value) -> what is returned of it
+    paths: frozenset[Path]  # the sites
+    prefixes: frozenset[Path]  # the equations that have a site inside
 
 
 def watching(
     paths: Collection[Path], attach: Callable, measure: Callable = lambda path, value: value
 ) -> Watch:
     """A `Watch` of the sites at `paths`."""
-    return Watch(
-        attach, measure, frozenset(paths), frozenset(p[:k] for p in paths for k in range(len(p)))
-    )
+    prefixes = frozenset(path[:k] for path in paths for k in range(len(path)))
+    return Watch(attach, measure, frozenset(paths), prefixes)
 
 
 def run(
     jaxpr: Any, operands: list, watch: Watch, sinks: Mapping[Path, PyTree], path: Path = ()
 ) -> tuple[list, dict]:
-    """The outputs of a closed jaxpr, and what `watch.measure` says of every site's value."""
+    """Evaluate a closed jaxpr.
+
+    Args:
+      jaxpr: closed.
+      operands: its arguments.
+      watch: the sites, and what is done there.
+      sinks: path -> sink of the sites whose value goes through `watch.attach`.
+      path: where this jaxpr stands in the whole one.
+
+    Returns:
+      outputs: as the jaxpr's.
+      seen: path -> what `watch.measure` returned for the site's value.
+    """
     env, seen = {}, {}
     env.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
@@ -133,7 +151,7 @@ def _at_site(value: Array, path: Path, watch: Watch, sinks: Mapping, seen: dict)
 
 
 def _enter(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tuple[list, dict]:
-    """An equation with sites inside."""
+    """Evaluate an equation with sites inside; returns as `run`."""
     name, depth = eqn.primitive.name, len(here)
     own = {path: sink for path, sink in sinks.items() if path[:depth] == here and len(path) > depth}
     if name == "scan":
@@ -143,10 +161,12 @@ def _enter(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> t
     if name in INLINE:
         return run(inner(eqn), given, watch, own, here)
     if name in REMAT:
-        block = lambda given, own: run(inner(eqn), given, watch, own, here)
-        return jax.checkpoint(
-            block, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-        )(given, own)
+
+        def block(given, own):
+            return run(inner(eqn), given, watch, own, here)
+
+        options = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
+        return jax.checkpoint(block, **options)(given, own)
     out = bind(eqn, given)
     if name == "while":
         return out, _while(eqn, lax.stop_gradient(given), watch, here)
@@ -155,11 +175,8 @@ def _enter(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> t
 
 def _scan(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tuple[list, dict]:
     num_consts, num_carry = scan_split(eqn)
-    consts, carry, xs = (
-        given[:num_consts],
-        given[num_consts : num_consts + num_carry],
-        given[num_consts + num_carry :],
-    )
+    end = num_consts + num_carry
+    consts, carry, xs = given[:num_consts], given[num_consts:end], given[end:]
 
     def body(carry, row):
         row_xs, row_sinks = row
@@ -169,53 +186,58 @@ def _scan(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tu
                 out[k] = _at_site(out[k], site, watch, row_sinks, seen)
         return out[:num_carry], (out[num_carry:], seen)
 
-    keep = ("length", "reverse", "unroll")
-    carry, (ys, seen) = lax.scan(
-        body, carry, (xs, dict(sinks)), **{key: eqn.params[key] for key in keep}
-    )
+    options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+    carry, (ys, seen) = lax.scan(body, carry, (xs, dict(sinks)), **options)
     return [*carry, *ys], seen
 
 
-def _unseen(function: Callable, *args: Any) -> PyTree:
-    """What `function` would have seen, as NaN (0 for integers)."""
-    blank = lambda x: jnp.full(
-        x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype
-    )
-    return jax.tree.map(blank, jax.eval_shape(function, *args))
+def _blank(function: Callable, *args: Any) -> PyTree:
+    """What `function` would return, filled with NaN (0 for integers)."""
+
+    def fill(x):
+        value = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
+        return jnp.full(x.shape, value, x.dtype)
+
+    return jax.tree.map(fill, jax.eval_shape(function, *args))
 
 
 def _cond(eqn: Any, given: list, watch: Watch, sinks: Mapping, here: Path) -> tuple[list, dict]:
     index, *operands = given
-    branches = [closed(branch) for branch in eqn.params["branches"]]
-    each = [
-        lambda ops, own, b=b, k=k: run(b, ops, watch, own, (*here, k))
-        for k, b in enumerate(branches)
-    ]
+    own = dict(sinks)
+
+    def evaluate(number, operands, own):
+        branch = closed(eqn.params["branches"][number])
+        return run(branch, operands, watch, own, (*here, number))
+
     blanks: dict = {}
-    for function in each:
-        blanks |= _unseen(lambda ops, own, f=function: f(ops, own)[1], operands, dict(sinks))
+    numbers = range(len(eqn.params["branches"]))
+    for number in numbers:
+        seen_in = partial(lambda number, ops, own: evaluate(number, ops, own)[1], number)
+        blanks |= _blank(seen_in, operands, own)
 
-    def whole(function):
-        def branch(ops, own):
-            out, seen = function(ops, own)
-            return out, blanks | seen
+    def whole(number, operands, own):
+        """The branch, with blanks for what only the others see."""
+        out, seen = evaluate(number, operands, own)
+        return out, blanks | seen
 
-        return branch
-
-    return lax.switch(index, [whole(f) for f in each], operands, dict(sinks))
+    return lax.switch(index, [partial(whole, number) for number in numbers], operands, own)
 
 
 def _while(eqn: Any, given: list, watch: Watch, here: Path) -> dict:
-    """The values of the last turn; NaN without one."""
-    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_consts, body_consts, carry = (
-        given[:first],
-        given[first : first + second],
-        given[first + second :],
-    )
-    go_on, turn = closed(eqn.params["cond_jaxpr"]), closed(eqn.params["body_jaxpr"])
-    body = lambda carry: run(turn, [*body_consts, *carry], watch, {}, here)
-    blank = _unseen(lambda carry: body(carry)[1], carry)
-    none = watching((), watch.attach)
-    cond = lambda state: run(go_on, [*cond_consts, *state[0]], none, {})[0][0]
-    return lax.while_loop(cond, lambda state: body(state[0]), (carry, blank))[1]
+    """What is seen in the last iteration; NaN if there is none."""
+    first = eqn.params["cond_nconsts"]
+    second = first + eqn.params["body_nconsts"]
+    cond_consts, body_consts, carry = given[:first], given[first:second], given[second:]
+    condition, iteration = closed(eqn.params["cond_jaxpr"]), closed(eqn.params["body_jaxpr"])
+    no_sites = watching((), watch.attach)
+
+    def body(state):
+        carry, _ = state
+        return run(iteration, [*body_consts, *carry], watch, {}, here)
+
+    def cond(state):
+        carry, _ = state
+        return run(condition, [*cond_consts, *carry], no_sites, {})[0][0]
+
+    blank = _blank(lambda carry: body((carry, None))[1], carry)
+    return lax.while_loop(cond, body, (carry, blank))[1]

@@ -1,10 +1,8 @@
-"""What gradjax knows of the insides of a jaxpr: where it holds others, and how to bind one equation
-again.
+"""The insides of jaxprs: where an equation holds other jaxprs, and how to bind it again.
 
-`jax.extend` and `jax.interpreters` promise no stability, so this file holds what is used of them
-(and `core.Literal`); the tests run on the oldest and the newest supported jax. A *path* names an
-equation: the indices of the equations on the way to it, so (3, 0) is the first equation of the
-jaxpr inside the fourth.
+`jax.extend` and `jax.interpreters` promise no stability, so the taps use them in this file only. A
+*path* names an equation: the indices of the equations on the way to it, so (3, 0) is the first
+equation of the jaxpr inside the fourth.
 """
 
 from typing import Any
@@ -15,26 +13,23 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 Path = tuple[int, ...]
+Literal = core.Literal
 
-INLINE = {
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "core_closed_call",
-}  # evaluated as if written in place
+# Calls that are evaluated as if they were written in place.
+INLINE = {"jit", "pjit", "closed_call", "core_call", "core_closed_call"}
 REMAT = {"checkpoint", "remat", "remat2"}
 _INSIDES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def closed(jaxpr: Any) -> core.ClosedJaxpr:
-    """A jaxpr with its constants; those of an open one are none."""
+    """A jaxpr with its constants; an open jaxpr has none."""
     return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
 
 
 def inner(eqn: Any) -> core.ClosedJaxpr | None:
-    """The jaxpr of an equation that is one: a call, a rematerialised block, a scan, a custom
-    derivative's function.
+    """The one jaxpr inside an equation, None if it has none.
+
+    Calls, rematerialised blocks, scans and functions with custom derivatives have one.
     """
     for key in _INSIDES:
         if key in eqn.params and hasattr(eqn.params[key], "eqns"):
@@ -53,40 +48,42 @@ def insides(eqn: Any) -> list[tuple[str, core.ClosedJaxpr]]:
 
 
 def scan_split(eqn: Any) -> tuple[int, int]:
-    """(number of constants, number of carried values) of a scan; the rest of its operands are
-    scanned over.
-    """
+    """(number of constants, number of carried values) of a scan; the other operands are mapped."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, *_ = (len(part) for part in eqn.params["ft_in"].unpack())  # jax 0.11 on
+    # From jax 0.11 on the operands are grouped.
+    consts, carry, *_ = (len(part) for part in eqn.params["ft_in"].unpack())
     return consts, carry
 
 
 # The identity with a name. It is a primitive of our own, not `checkpoint_name`, for the sake of
-# vmap: a mapped axis may lie anywhere in a value, as it does in `vmap(lambda x: w @ x)`; where
-# `front` is set, this one moves it to the front.
+# vmap: a mapped axis may lie anywhere in a value, as it does in `vmap(lambda x: w @ x)`; with
+# `front` set, this primitive moves it to the front.
 _name = core.Primitive("gradjax_name")
 _name.def_impl(lambda x, *, name, front: x)
 _name.def_abstract_eval(lambda x, *, name, front: x)
-ad.primitive_jvps[_name] = lambda primals, tangents, **params: (
-    _name.bind(*primals, **params),
-    tangents[0],
-)
 mlir.register_lowering(_name, lambda ctx, x, *, name, front: [x])
+
+
+def _jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:
+    return _name.bind(*primals, **params), tangents[0]
 
 
 def _mapped(operands: tuple, dims: tuple, *, name: str, front: bool) -> tuple[Array, int]:
     (x,), (dim,) = operands, dims
-    x, dim = (jnp.moveaxis(x, dim, 0), 0) if front else (x, dim)
+    if front:
+        x, dim = jnp.moveaxis(x, dim, 0), 0
     return _name.bind(x, name=name, front=front), dim
 
 
+ad.primitive_jvps[_name] = _jvp
 batching.primitive_batchers[_name] = _mapped
 
 
 def named(x: Array, name: str, front: bool) -> Array:
-    """`x`, with an equation in the jaxpr that says its name; with `front`, axes that a vmap maps
-    come first.
+    """Return `x`, and leave an equation with its name in the jaxpr.
+
+    With `front`, the axes that a vmap maps come first in the named value.
     """
     return _name.bind(x, name=name, front=front)
 
@@ -97,7 +94,7 @@ def is_named(eqn: Any) -> bool:
 
 
 def bind(eqn: Any, operands: list) -> list:
-    """The outputs of one equation evaluated as it stands."""
+    """The outputs of one equation, evaluated unchanged."""
     found = eqn.primitive.get_bind_params(eqn.params)
     functions, params = found if isinstance(found, tuple) else ((), found)
     out = eqn.primitive.bind(*functions, *operands, **params)
@@ -106,18 +103,20 @@ def bind(eqn: Any, operands: list) -> list:
 
 def read(env: dict, atom: Any) -> Any:
     """The value of a variable or literal."""
-    return atom.val if isinstance(atom, core.Literal) else env[atom]
+    return atom.val if isinstance(atom, Literal) else env[atom]
 
 
 def outer_scan(jaxpr: Any, path: Path) -> Path:
-    """The path of the outermost scan around an equation, () for none."""
+    """The path of the outermost scan around an equation, () if there is none."""
     k = 0
     while k < len(path) - 1:
         eqn = jaxpr.jaxpr.eqns[path[k]]
         if eqn.primitive.name == "scan":
             return path[: k + 1]
         within = insides(eqn)
-        branch = path[k + 1] if eqn.primitive.name == "cond" else 0
-        k += 2 if eqn.primitive.name == "cond" else 1
+        # The path of a `cond` has the number of the branch as one more index.
+        is_cond = eqn.primitive.name == "cond"
+        branch = path[k + 1] if is_cond else 0
+        k += 2 if is_cond else 1
         jaxpr = within[branch][1]
     return ()

@@ -1,15 +1,14 @@
-"""Names on values: `tap` by hand, and the outputs of Linen, NNX and Equinox modules while a
-function is traced.
+"""Names on values: by `tap`, and on the outputs of modules while a function is traced.
 
-A name is an equation of the jaxpr, the identity: it stays there through jit, scan, remat and vmap,
-where a Python dictionary that collects values would hold leaked tracers. Nothing is named outside
-of a probe but what `tap` marks, and a name changes no bit of the result. While a probe traces, axes
-that a vmap maps come first in a named value.
+A name is an equation of the jaxpr, the identity. It survives jit, scan, remat and vmap, where a
+Python dictionary that collects values would hold leaked tracers. Outside a probe only `tap` names
+values, and a name changes no bit of the result. While a probe traces, the axes that a vmap maps
+come first in a named value.
 
 Linen: `nn.intercept_methods` names each module's output with its path. NNX and Equinox: the
-`__call__` of the classes that the model is made of is wrapped while tracing; a module is known by
-its identity, so its name is the attribute path from the model, `blocks[2].attention.query`. Tracing
-in several threads at once with such models is not supported.
+`__call__` of the model's classes is wrapped while tracing; a module is identified by its Python
+`id`, so its name is the attribute path from the model, `blocks[2].attention.query`. Tracing such
+models in several threads at once is not supported.
 """
 
 import contextlib
@@ -40,26 +39,32 @@ def parse(text: str) -> tuple[str, str, str]:
 
 
 def tap(x: Array, name: str) -> Array:
-    """The identity, which gives a value a name for `gradjax.probe` and `gradjax.diagnose`.
+    """Name a value for `gradjax.probe` and `gradjax.diagnose`; the identity.
 
-    In a scan one name has a row for every iteration. A name may be used once in a loss function; inside a function that
-    is called several times, make it differ: `tap(h, f"block{i}")`.
+    In a scan one name has a row for every iteration. A name may be used once in a loss function;
+    inside a function that is called several times, make it differ: `tap(h, f"block{i}")`.
 
     Args:
-      x: floating array (or a pytree of them: each leaf gets the name and its key path).
-      name: any text.
+      x: floating array, or a pytree of them: each leaf gets the name and its key path.
+      name: any text that is not empty.
+
+    Returns:
+      `x`.
+
+    Raises:
+      ValueError: if the name is empty or not a string.
 
     >>> import jax.numpy as jnp
     >>> float(tap(jnp.float32(2.0), "h"))
     2.0
     """
     if not isinstance(name, str) or not name or _SEPARATOR in name:
-        raise ValueError(f"tap: the name is {name!r}; a text that is not empty is needed.")
+        raise ValueError(f"tap: the name is {name!r}; a string that is not empty is needed.")
     return _name_leaves(x, "tap", name)
 
 
 def _name_leaves(out: PyTree, kind: str, name: str, label: str = "") -> PyTree:
-    """Every floating leaf of `out` with the name and its key path."""
+    """`out` with every floating leaf named by `name` and the leaf's key path."""
 
     def mark(path, x):
         if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -69,14 +74,13 @@ def _name_leaves(out: PyTree, kind: str, name: str, label: str = "") -> PyTree:
     return jax.tree_util.tree_map_with_path(mark, out)
 
 
-# -- Linen -----------------------------------------------------------------------------------------------
+# Linen
 
 
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     out, method = next_fun(*args, **kwargs), context.method_name
-    if (
-        method.startswith(("_", "<")) and method != "__call__"
-    ):  # helpers, and the lambdas that nn.scan lifts
+    # Private helpers, and the lambdas that nn.scan lifts, get no name.
+    if method.startswith(("_", "<")) and method != "__call__":
         return out
     name = "/".join(context.module.path) or type(context.module).__name__
     if method != "__call__":
@@ -84,22 +88,19 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     return _name_leaves(out, "module", name, type(context.module).__name__)
 
 
-# -- NNX and Equinox -------------------------------------------------------------------------------------
+# NNX and Equinox
 
-_known: dict[int, tuple[str, Any]] | None = (
-    None  # while a probe traces: id -> (path, module, kept alive by this)
-)
+# While a probe traces: id -> (path, module), which also keeps the module alive.
+_known: dict[int, tuple[str, Any]] | None = None
+# (module, path) of the modules that are being called, outermost first.
 _stack: list[Any] = []
-_wrapped: dict[type, Any] = {}  # class -> its own __call__, or None where it is inherited
+# class -> its own __call__, or None if it is inherited.
+_wrapped: dict[type, Any] = {}
 
 
 def _bases() -> tuple[type, ...]:
     """The base classes of the module systems that are loaded."""
-    found = [
-        getattr(sys.modules[name], "Module", None)
-        for name in ("flax.nnx", "equinox")
-        if name in sys.modules
-    ]
+    found = [getattr(sys.modules.get(name), "Module", None) for name in ("flax.nnx", "equinox")]
     return tuple(base for base in found if isinstance(base, type))
 
 
@@ -109,8 +110,9 @@ def is_module(x: Any) -> bool:
 
 
 def _parts(x: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """(path, module) of a module and all modules in it but those `seen`, through lists, tuples and
-    dicts.
+    """(path, module) of a module and of all modules in it, through lists, tuples and dicts.
+
+    `seen` holds the ids of modules to leave out, and grows: NNX models may contain themselves.
     """
     if isinstance(x, list | tuple) or (is_module(x) and type(x).__name__ == "List"):
         for i, part in enumerate(x):
@@ -118,7 +120,7 @@ def _parts(x: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     elif isinstance(x, dict):
         for key, part in x.items():
             yield from _parts(part, f"{path}[{key!r}]", seen)
-    elif is_module(x) and id(x) not in seen:  # NNX models may go round in circles
+    elif is_module(x) and id(x) not in seen:
         seen.add(id(x))
         yield path, x
         for key, part in vars(x).items():
@@ -143,17 +145,18 @@ def _wrap(cls: type) -> None:
     _wrapped[cls] = cls.__dict__.get("__call__")
 
     def call(self, *args, **kwargs):
-        if _stack and _stack[-1][0] is self:  # super().__call__: the same module once more
+        # super().__call__ is the same call of the same module.
+        if _stack and _stack[-1][0] is self:
             return original(self, *args, **kwargs)
-        if _known is not None and id(self) not in _known:  # a copy, as jit, vmap and scan make them
+        # jit, vmap and scan call copies of a module.
+        if _known is not None and id(self) not in _known:
             outside = _stack[-1][1] if _stack else None
             register(self, "" if outside is None else f"{outside}.{cls.__name__}".lstrip("."))
         path = _known[id(self)][0] if _known is not None else ""
         _stack.append((self, path))
         try:
-            return _name_leaves(
-                original(self, *args, **kwargs), "module", path or cls.__name__, cls.__name__
-            )
+            out = original(self, *args, **kwargs)
+            return _name_leaves(out, "module", path or cls.__name__, cls.__name__)
         finally:
             _stack.pop()
 
@@ -170,38 +173,45 @@ def _unwrap() -> None:
 
 
 def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., Any], PyTree]:
-    """A loss of an NNX or Equinox model as a pure function of its parameters, with its modules
-    named for a probe.
+    """Turn a loss of an NNX or Equinox model into a pure function of the model's parameters.
+
+    A probe of that function finds the outputs of the model's modules named.
 
     Args:
       loss_fn: (model, *args) -> loss, or (loss, aux).
       model: an `nnx.Module` or `eqx.Module`.
 
     Returns:
-      loss: (params, *args) -> what `loss_fn` returns; state that the model changes (BatchNorm, dropout keys) is as it
-        was at the start of every call.
-      params: the `nnx.Param` state, or the Equinox model with its floating arrays alone.
+      loss: (params, *args) -> what `loss_fn` returns. State that the model changes (BatchNorm,
+        dropout keys) starts every call as it is in `model`.
+      params: the `nnx.Param` state, or the Equinox model with only its floating arrays.
 
     Raises:
       ValueError: another kind of model: a Linen module needs no wrapping.
     """
     if not is_module(model):
         raise ValueError(
-            f"functional: model is {type(model).__name__}; an nnx.Module or eqx.Module is needed. A Linen module and a "
-            "plain function need no wrapping: pass loss_fn(params, *args) and params to probe or diagnose."
+            f"functional: model is {type(model).__name__}; an nnx.Module or eqx.Module is needed. "
+            "A Linen module and a plain function need no wrapping: pass loss_fn(params, *args) and "
+            "params to probe or diagnose."
         )
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(model, nnx.Module):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        copy = (
-            {"copy": True} if "copy" in inspect.signature(nnx.merge).parameters else {}
-        )  # Flax 0.10 always copies
-        merge = lambda params: nnx.merge(graph, params, rest, **copy)
+        # Flax 0.10 has no such option and always copies.
+        has_copy = "copy" in inspect.signature(nnx.merge).parameters
+        options = {"copy": True} if has_copy else {}
+
+        def merge(params):
+            return nnx.merge(graph, params, rest, **options)
+
     else:
         import equinox as eqx
 
         params, rest = eqx.partition(model, eqx.is_inexact_array)
-        merge = lambda params: eqx.combine(params, rest)
+
+        def merge(params):
+            return eqx.combine(params, rest)
 
     def loss(params, *args):
         whole = merge(params)
@@ -211,18 +221,18 @@ def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., A
     return loss, params
 
 
-# -- while tracing ---------------------------------------------------------------------------------------
+# While tracing
 
 _probes = itertools.count()
 
 
 @contextlib.contextmanager
 def naming() -> Iterator[None]:
-    """Names the outputs of modules that are called inside, and has every jitted function traced
-    anew.
+    """Name the outputs of modules that are called inside, and trace every jitted function anew.
 
-    A function that the user has jitted and called was traced without names, and jit would hand back that trace: it is
-    told apart by a metadata of its own for each probe, which is part of jit's key and nothing else.
+    A function that the user has jitted and called was traced without names, and jit would return
+    that trace from its cache. Metadata that differs for each probe is part of the cache's key, and
+    of nothing else.
     """
     from jax.experimental.xla_metadata import set_xla_metadata
 

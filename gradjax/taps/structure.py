@@ -1,30 +1,24 @@
-"""The layers of a traced loss: which values every gradient passes through, and what lies between
-two of them.
+"""The layers of a traced loss: which values every gradient passes, and what lies between them.
 
-The chain of post-dominators of an input (`gradjax.taps.graph`) is the network's main road: between
-two of its values p and q the whole derivative is d q / d p, so that their product is the layer
-product; a value with a skip around it is not on it. Nothing of a framework is known here: a
-residual sum is on the chain although no module outputs it.
+The chain of post-dominators of an input (`gradjax.taps.dominators`) is the network's main road:
+between two of its values p and q the whole derivative is d q / d p, so that their product is the
+layer product; a value with a skip around it is not on the chain. Nothing of a framework is known
+here: a residual sum is on the chain although no module outputs it.
 
 A *layer* is a stretch of the chain that applies weights. A scan over stacked weights is a layer for
-each iteration; a scan that uses the same weights in every iteration is a recurrence over time, one
-node of the chain, with a record of its own (`Recurrence`).
+each iteration; a scan that uses the same weights in every iteration is a recurrence over time: one
+node of the chain, with a record of its own (`Recurrence`). The functions of activations and the
+recurrences are found in `gradjax.taps.patterns`.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from jax.extend import core
-
-from gradjax.taps.dominators import (  # fmt: skip
-    ACT,
+from gradjax.taps.dominators import (
     DATA,
     ENTRY,
     PARAM,
-    PRODUCTS,
     Frame,
     Node,
     Value,
@@ -35,24 +29,30 @@ from gradjax.taps.dominators import (  # fmt: skip
     walk,
 )
 from gradjax.taps.interpret import Site
-from gradjax.taps.jaxprs import Path, inner, scan_split
+from gradjax.taps.jaxprs import Path
+from gradjax.taps.patterns import Activation, Recurrence, collect
 
 
 @dataclasses.dataclass
 class Layer:
-    """A stretch of the chain that applies weights, up to and with the site at its end."""
+    """A stretch of the chain that applies weights, up to and including the site at its end."""
 
     site: Site
-    row: int | None  # of the site's rows: the iteration of a scan
+    # of the site's rows: the iteration of a scan
+    row: int | None
     leaves: frozenset[int]
-    kernels: tuple[
-        tuple[frozenset[int], int, int], ...
-    ]  # (parameters, fan_in, fan_out) of the weights applied
-    weighs: bool  # weights are applied, here or in a scan over time
-    fan_in: int  # the smallest number of units on the way, which bounds the fluctuations
-    skip: bool  # there is a way around the weights
-    norm: str  # "batch", "layer" or ""
-    post_norm: bool  # normalised after the skip was added
+    # (parameters, fan_in, fan_out) of the weights applied
+    kernels: tuple[tuple[frozenset[int], int, int], ...]
+    # weights are applied, here or in a scan over time
+    weighs: bool
+    # the smallest number of units on the way, which bounds the fluctuations
+    fan_in: int
+    # a path leads around the weights
+    skip: bool
+    # "batch", "layer" or ""
+    norm: str
+    # normalised after the skip was added
+    post_norm: bool
     name: str
 
     @property
@@ -61,33 +61,13 @@ class Layer:
         return self.row is not None
 
 
-class Activation(NamedTuple):
-    """An activation function's or softmax's output, and where it stands."""
-
-    site: Site
-    on_chain: bool
-    gates: bool  # it multiplies another activation
-    layer: str  # name of the last named value before it
-
-
-class Recurrence(NamedTuple):
-    """A scan over time: its carried activations as sites."""
-
-    sites: tuple[Site, ...]
-    name: str
-    length: int
-    reverse: bool
-    fan_in: int
-    leaves: frozenset[int]  # of the parameters that it uses
-
-
 class Structure(NamedTuple):
     """What `analyse` finds."""
 
     layers: list[Layer]
     activations: list[Activation]
     recurrences: list[Recurrence]
-    untrained: list[int]  # parameter leaves without a differentiable way to the loss
+    untrained: list[int]  # parameter leaves without a differentiable path to the loss
     sliced: frozenset[int] = frozenset()  # parameter leaves that hold more than one layer's
 
 
@@ -97,6 +77,7 @@ def analyse(jaxpr: Any, sites: Sequence[Site], num_params: int) -> Structure:
     Args:
       jaxpr: closed; its first `num_params` operands are parameters, its first output the loss.
       sites: its named values.
+      num_params: number of parameter leaves.
     """
     names = {site.path: site for site in sites}
     frame = Frame()
@@ -105,15 +86,15 @@ def analyse(jaxpr: Any, sites: Sequence[Site], num_params: int) -> Structure:
     frame.outputs = walk(jaxpr, given, frame, ())[:1]
     link_up(frame)
     layers = _layers(frame, main_chain(frame, False), names, ())
-    activations, recurrences = [], []
-    _collect(frame, names, (), False, activations, recurrences, "")
+    activations, recurrences = collect(frame, names)
     untrained = [i for i in range(num_params) if i not in frame.used]
     return Structure(layers, activations, recurrences, untrained, frozenset(frame.sliced))
 
 
 def _between(frame: Frame, before: int, after: int) -> list[int]:
-    """The nodes on the ways from `before` (excluded; ENTRY - 1 for the start) to `after`
-    (included), in order.
+    """The nodes on the paths from `before` (excluded) to `after` (included), in order.
+
+    `before` is ENTRY - 1 for the start.
     """
     found, todo = {after}, [after]
     while todo:
@@ -125,7 +106,7 @@ def _between(frame: Frame, before: int, after: int) -> list[int]:
 
 
 def _has_skip(frame: Frame, segment: list[int], before: int, after: int) -> bool:
-    """Whether a way from `before` to `after` applies no weights."""
+    """Whether a path from `before` to `after` applies no weights."""
     free = {before}
     for u in segment:
         node = frame.nodes[u]
@@ -145,18 +126,17 @@ def _norms(frame: Frame, segment: Sequence[int]) -> list[tuple[int, str]]:
     """(node, kind) of every division by a standard deviation of activations."""
     found = []
     for u in segment:
-        if (
-            frame.nodes[u].primitive in ("rsqrt", "sqrt")
-            and frame.nodes[u].eqn.outvars[0].aval.size > 1
-        ):
-            kind = _reduced_over(frame, u)
-            found += [(u, kind)] if kind else []
+        node = frame.nodes[u]
+        is_root = node.primitive in ("rsqrt", "sqrt") and node.eqn.outvars[0].aval.size > 1
+        if is_root and (kind := _reduced_over(frame, u)):
+            found.append((u, kind))
     return found
 
 
 def _reduced_over(frame: Frame, u: int) -> str:
-    """Where the nearest sum behind a node runs: "batch" over the first of several axes, "layer"
-    over others only.
+    """The axes of the nearest sum before a node: "batch" if the first of several is among them.
+
+    "layer" for other axes; "" if there is no sum near.
     """
     todo = [u]
     for _ in range(24):
@@ -176,62 +156,76 @@ def _layers(
 ) -> list[Layer]:
     """The layers along a chain; those in a scan over stacked weights once for each iteration."""
     layers: list[Layer] = []
-    weights = any(frame.nodes[u].weighs for u in frame.consumers if 0 <= u < len(frame.nodes))
-    last_name, before = "", ENTRY if lead else ENTRY - 1
+    has_weights = any(frame.nodes[u].weighs for u in frame.consumers if 0 <= u < len(frame.nodes))
+    before = ENTRY if lead else ENTRY - 1
     for u in chain:
         node = frame.nodes[u]
-        site = names.get(node.path)
-        if node.body is not None and not node.over_time and len(lead) == 0:
-            length = node.eqn.params["length"]
-            inside = main_chain(node.body, True)
-            rows = _layers(node.body, inside, names, (length,))
-            if rows:
-                each = range(length)[::-1] if node.eqn.params["reverse"] else range(length)
-                layers += [_row(layer, r) for r in each for layer in rows]
-                before = u
-                continue
-        aval = node.eqn.outvars[0].aval
-        reduces = bool(layers) and len(aval.shape) < len(
-            layers[-1].site.shape
-        )  # a sum in the loss, not in the network
-        if site is None and _is_join(node) and is_float(node.eqn.outvars[0]) and not reduces:
-            last_name = _nearest(frame, u, names)
-            site = Site(
-                node.path,
-                f"{last_name}+skip" if last_name else "skip",
-                "skip",
-                "",
-                aval.shape,
-                aval.dtype,
-                lead,
-            )
+        is_stack = node.body is not None and not node.over_time and not lead
+        if is_stack and (rows := _stack(node, names)):
+            layers += rows
+            before = u
+            continue
+        site = names.get(node.path) or _skip_site(frame, u, names, layers, lead)
         if site is None or len(site.lead) != len(lead):
             continue
-        segment = _between(frame, before, u)
-        made = _layer(frame, segment, before, u, site)
-        if layers and weights and not made.weighs:  # the same layer goes on to here
+        new = _layer(frame, _between(frame, before, u), before, u, site)
+        if layers and has_weights and not new.weighs:
+            # The layer before goes on to here; a row of a stack cannot.
             if layers[-1].row is not None:
                 continue
             old = layers.pop()
-            if not old.weighs:
-                layers.append(made)
-                before = u
-                continue
-            made = dataclasses.replace(
-                old, site=site, name=_shorter(old, site), norm=old.norm or made.norm,
-                post_norm=old.post_norm or bool(made.norm and old.skip),
-            )  # fmt: skip
-        layers.append(made)
+            if old.weighs:
+                new = _extended(old, new)
+        layers.append(new)
         before = u
     return layers
 
 
+def _stack(node: Node, names: dict[Path, Site]) -> list[Layer]:
+    """The layers of a scan over stacked weights, in the order of the computation."""
+    length = node.eqn.params["length"]
+    rows = _layers(node.body, main_chain(node.body, True), names, (length,))  # type: ignore[arg-type]
+    iterations = range(length)
+    if node.eqn.params["reverse"]:
+        iterations = iterations[::-1]
+    return [_row(layer, i) for i in iterations for layer in rows]
+
+
+def _skip_site(
+    frame: Frame, u: int, names: dict[Path, Site], layers: list[Layer], lead: tuple[int, ...]
+) -> Site | None:
+    """A site for the sum of a skip that has no name; None for any other node."""
+    node = frame.nodes[u]
+    aval = node.eqn.outvars[0].aval
+    # A sum that reduces axes belongs to the loss, not to the network.
+    reduces = bool(layers) and len(aval.shape) < len(layers[-1].site.shape)
+    if not _is_join(node) or not is_float(node.eqn.outvars[0]) or reduces:
+        return None
+    nearest = _nearest(frame, u, names)
+    name = f"{nearest}+skip" if nearest else "skip"
+    return Site(node.path, name, "skip", "", aval.shape, aval.dtype, lead)
+
+
+def _extended(old: Layer, new: Layer) -> Layer:
+    """A layer that goes on to the end of `new`, which applies no weights."""
+    return dataclasses.replace(
+        old,
+        site=new.site,
+        name=_shorter(old, new.site),
+        norm=old.norm or new.norm,
+        post_norm=old.post_norm or bool(new.norm and old.skip),
+    )
+
+
 def _shorter(layer: Layer, site: Site) -> str:
-    """The name of the module around a layer in place of the layer's, but never the whole model's; a
-    tap's for a sum.
+    """The name of a layer that goes on to `site`.
+
+    That of the site if it is the module around the layer (but not the whole model), or a tap of the
+    layer's sum; else the layer's.
     """
-    around = site.kind == "module" and layer.name.startswith((f"{site.name}/", f"{site.name}."))
-    return site.name if around or (site.kind == "tap" and layer.site.kind == "skip") else layer.name
+    is_around = site.kind == "module" and layer.name.startswith((f"{site.name}/", f"{site.name}."))
+    is_tapped_sum = site.kind == "tap" and layer.site.kind == "skip"
+    return site.name if is_around or is_tapped_sum else layer.name
 
 
 def _row(layer: Layer, row: int) -> Layer:
@@ -239,165 +233,37 @@ def _row(layer: Layer, row: int) -> Layer:
 
 
 def _layer(frame: Frame, segment: list[int], before: int, u: int, site: Site) -> Layer:
+    """The layer of the nodes `segment` after node `before` up to node `u`."""
     nodes = [frame.nodes[v] for v in segment]
     weights = [n for n in nodes if n.weighs]
     norms = _norms(frame, segment)
-    skip = before > ENTRY - 1 and bool(weights) and _has_skip(frame, segment, before, u)
-    chain = (
-        set(chain_from(frame, before))
-        if before >= ENTRY and (before >= 0 or ENTRY in frame.dominator)
-        else set()
-    )
-    joins = [v for v in segment if v in chain and _is_join(frame.nodes[v])]
     kinds = [kind for _, kind in norms]
+    if "batch" in kinds:
+        norm = "batch"
+    else:
+        norm = "layer" if kinds else ""
+    skip = before > ENTRY - 1 and bool(weights) and _has_skip(frame, segment, before, u)
+    # The chain ahead; there is none before the start, or if the scan's carry reaches nothing.
+    is_known = before >= ENTRY and (before >= 0 or ENTRY in frame.dominator)
+    chain = set(chain_from(frame, before)) if is_known else set()
+    joins = [v for v in segment if v in chain and _is_join(frame.nodes[v])]
     return Layer(
-        site, None, frozenset().union(*(n.leaves for n in nodes)),
-        tuple((n.leaves, n.fan_in, n.fan_out) for n in weights if n.body is None),
-        bool(weights), min((n.fan_in for n in weights if n.fan_in > 1), default=1),
-        skip, "batch" if "batch" in kinds else "layer" if kinds else "",
-        skip and bool(joins) and any(v > joins[-1] for v, _ in norms), site.name,
-    )  # fmt: skip
+        site=site,
+        row=None,
+        leaves=frozenset().union(*(n.leaves for n in nodes)),
+        kernels=tuple((n.leaves, n.fan_in, n.fan_out) for n in weights if n.body is None),
+        weighs=bool(weights),
+        fan_in=min((n.fan_in for n in weights if n.fan_in > 1), default=1),
+        skip=skip,
+        norm=norm,
+        post_norm=skip and bool(joins) and any(v > joins[-1] for v, _ in norms),
+        name=site.name,
+    )
 
 
 def _nearest(frame: Frame, u: int, names: dict[Path, Site]) -> str:
-    """Name of the last named value at or before a node; that of a leaf module where one is inside
-    another.
-    """
+    """Name of the last named value at or before a node, "" if there is none."""
     for v in range(u, -1, -1):
         if site := names.get(frame.nodes[v].path):
             return site.name
     return ""
-
-
-# -- activation functions, softmax, recurrences ----------------------------------------------------------
-
-
-def _is_zero(atom: Any) -> bool:
-    return isinstance(atom, core.Literal) and not np.any(np.asarray(atom.val))
-
-
-def _is_relu(eqn: Any) -> bool:
-    if eqn.primitive.name == "max":
-        return any(map(_is_zero, eqn.invars))
-    if eqn.primitive.name == "custom_jvp_call":
-        inside = inner(eqn)
-        while inside is not None and len(inside.jaxpr.eqns) == 1:
-            (only,) = inside.jaxpr.eqns
-            if _is_relu(only):
-                return True
-            inside = inner(only)
-    return False
-
-
-def _function(frame: Frame, u: int) -> str:
-    """The kind of activation function that a node is, empty for none."""
-    node = frame.nodes[u]
-    if node.primitive in ("tanh", "logistic", "erf"):
-        return node.primitive
-    if node.primitive == "clamp":
-        return "hard_tanh"
-    if _is_relu(node.eqn):
-        return "" if _is_variance(frame, u) else "relu"
-    return "softmax" if node.primitive == "exp" and _is_attention(frame, u) else ""
-
-
-def _is_variance(frame: Frame, u: int) -> bool:
-    """max(variance, 0) before a square root, which is no activation function."""
-    todo = {u}
-    for v in range(u + 1, min(u + 16, len(frame.nodes))):
-        if todo & set(frame.nodes[v].inputs):
-            if frame.nodes[v].primitive in ("rsqrt", "sqrt"):
-                return True
-            todo.add(v)
-    return False
-
-
-def _is_attention(frame: Frame, u: int) -> bool:
-    """exp(logits - max) over rows of at least three axes, divided by its sum and then multiplied
-    with activations.
-    """
-    if len(frame.nodes[u].eqn.outvars[0].aval.shape) < 3:
-        return False
-    sums, todo = False, {u}
-    for v in range(u + 1, min(u + 16, len(frame.nodes))):
-        node = frame.nodes[v]
-        if todo & set(node.inputs):
-            sums |= node.primitive == "reduce_sum"
-            if node.primitive in PRODUCTS:
-                return sums and not node.weighs
-            todo.add(v)
-    return False
-
-
-def _gates(frame: Frame, u: int) -> bool:
-    """Whether a node's output, through additions and products with constants, multiplies another
-    activation.
-    """
-    todo, sink = [u], len(frame.nodes)
-    while todo:
-        for v in frame.consumers.get(todo.pop(), ()):
-            if v == sink:
-                continue
-            node = frame.nodes[v]
-            if node.primitive == "mul" and len(node.inputs) > 1:
-                return True
-            if node.primitive in (
-                "add",
-                "sub",
-                "mul",
-                "neg",
-                "convert_element_type",
-                "slice",
-                "split",
-                "integer_pow",
-            ):
-                todo += [v] if len(node.inputs) == 1 else []
-    return False
-
-
-def _collect(
-    frame, names, lead, over_time, activations: list, recurrences: list, outer: str
-) -> None:
-    """Activation functions and recurrences of a frame and of the scans in it."""
-    chain, last = set(main_chain(frame, bool(lead))), outer
-    for u, node in enumerate(frame.nodes):
-        if u not in frame.consumers:
-            continue
-        if site := names.get(node.path):
-            last = site.name
-        if node.body is not None:
-            length = node.eqn.params["length"]
-            if node.over_time:
-                recurrences += _recurrence(node, (*lead, length), names)
-            _collect(
-                node.body, names, (*lead, length), node.over_time, activations, recurrences, last
-            )
-        elif kind := _function(frame, u):
-            if (
-                kind == "softmax"
-            ):  # of the logits less their largest, which the exponential hides where it underflows
-                node = frame.nodes[max(node.inputs)] if max(node.inputs, default=-1) >= 0 else node
-            path, aval = node.path, node.eqn.outvars[0].aval
-            site = Site(path, f"{last}:{kind}", kind, "", aval.shape, aval.dtype, lead)
-            activations.append(Activation(site, u in chain, _gates(frame, u), last))
-
-
-def _recurrence(node: Node, lead: tuple[int, ...], names: dict[Path, Site]) -> list[Recurrence]:
-    _, num_carry = scan_split(node.eqn)
-    carried = [k for k, value in enumerate(node.body.outputs[:num_carry]) if value.kind == ACT]  # type: ignore[union-attr]
-    if not carried or len(lead) != 1 or lead[0] < 2:
-        return []
-    inside = [site for path, site in names.items() if path[: len(node.path)] == node.path]
-    modules = [
-        re.sub(r"\[\d+\]$", "", site.name) for site in inside if site.kind in ("module", "tap")
-    ]
-    name = min(
-        modules, key=lambda name: (len(re.findall(r"[/.]", name)), len(name)), default="scan"
-    )
-    avals = [node.eqn.outvars[k].aval for k in carried]
-    sites = tuple(
-        Site((*node.path, -1 - k), f"{name}.carry", "carry", "", aval.shape, aval.dtype, lead)
-        for k, aval in zip(carried, avals, strict=True)
-    )
-    width = max((aval.shape[-1] for aval in avals if aval.shape), default=1)
-    return [Recurrence(sites, name, lead[0], node.eqn.params["reverse"], width, node.body.used)]  # type: ignore[union-attr]
