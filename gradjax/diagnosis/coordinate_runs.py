@@ -116,7 +116,7 @@ def _first_steps(
             scale.widen(x) - scale.widen(x0) for x, x0 in zip(values, at_creation, strict=True)
         ]
         trees = (values, changes, cotangents, jax.tree.leaves(seen.grads), jax.tree.leaves(updates))
-        logs = dict(zip((*VALUES, *LEAVES), _log_rms(trees), strict=True))
+        logs: dict[str, Array] = dict(zip((*VALUES, *LEAVES), _log_rms(trees), strict=True))
         rounding = np.log([_ROUNDINGS * float(jnp.finfo(x.dtype).eps) for x in values])
         noise = logs["log_value_rms"] + rounding.astype(np.float32)
         is_noise = logs["log_change_rms"] < noise

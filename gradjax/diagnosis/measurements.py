@@ -96,9 +96,10 @@ def table(evidences: Sequence[Evidence]) -> Table:
     chosen = _recurrence(first)
     if chosen is not None:
         attrs["recurrence"] = first.recurrences[chosen][0].name
-        for part, name in ((1, "log_time_activation_rms"), (2, "log_time_cotangent_rms")):
-            values = np.stack([e.recurrences[chosen][part] for e in evidences])
-            variables[name] = (("seed", "time"), values)
+        states = np.stack([e.recurrences[chosen][1] for e in evidences])
+        cotangents = np.stack([e.recurrences[chosen][2] for e in evidences])
+        variables["log_time_activation_rms"] = (("seed", "time"), states)
+        variables["log_time_cotangent_rms"] = (("seed", "time"), cotangents)
     return Table(variables, coords, attrs)
 
 
