@@ -12,6 +12,7 @@ remedy helps which network.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ def _replace(experiment: Experiment, values: dict[str, Any]) -> Experiment:
     return config.replace(experiment, values)
 
 
+@functools.cache
 def critical_point(activation: str, sigma_b: float) -> tuple[float, float]:
     """(sigma_w, sigma_b) with chi_1 = 1 at a stable length.
 
