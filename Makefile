@@ -84,13 +84,13 @@ demo: setup  ## diagnose an exploding network and cure it: verdict, table per la
 	  --remedies critical_init,orthogonal_init,residual_scaled,clip_by_global_norm
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow' -n 2
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -m slow -n 2
 
 test-oldest: $(OLDEST_STAMP)  ## the fast tests with the oldest versions that pyproject.toml allows
-	$(OLDEST)/bin/python -m pytest -m 'not slow' -n 2
+	$(OLDEST)/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 lint: setup  ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """Every test runs on the CPU, with strict promotion of dtypes and ranks."""
 
 import os
+import tempfile
 
 # Before jax is imported: both are read once, at its start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# The command line's compilation cache is not the user's here, nor one of an earlier run.
+os.environ["GRADJAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="gradjax-tests-")
 
 import hypothesis
 import jax
@@ -21,8 +24,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly(request):
-    """Without LLVM's expensive passes, unless the module is marked `optimized`: its time goes into
-    running programs, or it is about the code that XLA makes.
+    """Compile without LLVM's expensive passes, except for modules marked `optimized`.
+
+    Those spend their time running programs, or are about the code that XLA makes.
     """
     optimized = request.node.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not optimized)
@@ -32,8 +36,7 @@ def compile_quickly(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """What a module has compiled is of no use to the next one, and of all modules together it is
-    gigabytes."""
+    """Drop what a module has compiled: the next one does not need it, and it adds up."""
     yield
     jax.clear_caches()
 
@@ -46,15 +49,13 @@ def key():
 
 @pytest.fixture
 def report(record_property):
-    """`report(name, error)`: the figure stands in the summary at the end of the run, through xdist
-    too."""
-    # a plain float: xdist cannot send NumPy's numbers, and dies of them
+    """`report(name, error)` puts the figure into the summary at the end of the run."""
+    # A plain float, because xdist cannot send NumPy's numbers and ends with an error.
     return lambda name, error: record_property(f"error: {name}", float(error))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The errors that the tests measured: the largest of each kind, which is its name up to a
-    colon."""
+    """Print the largest error measured of each kind, which is the name up to a colon."""
     largest = {}
     for test in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in test.user_properties if test.when == "call" else ():

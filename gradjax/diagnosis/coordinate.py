@@ -187,7 +187,7 @@ def fitted(ds: xr.Dataset, sizes: list[str]) -> xr.Dataset:
     ds = ds.assign_coords(size=sizes)
     log_sizes = [np.log(ds[size].values) for size in ("width", "depth")]
     grids = np.meshgrid(*log_sizes, np.zeros(ds.sizes["seed"]), indexing="ij")
-    columns = dict(zip(("width", "depth"), grids, strict=False))
+    columns: dict[str, np.ndarray] = dict(zip(("width", "depth"), grids, strict=False))
     ones = np.ones(grids[0].size)
     design = np.stack([ones, *(columns[size].ravel() for size in sizes)], axis=1)
     for variable in (*VALUES, *LEAVES):

@@ -197,21 +197,9 @@ def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., A
         )
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(model, nnx.Module):
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
-        # Flax 0.10 has no such option and always copies.
-        has_copy = "copy" in inspect.signature(nnx.merge).parameters
-        options = {"copy": True} if has_copy else {}
-
-        def merge(params):
-            return nnx.merge(graph, params, rest, **options)
-
+        params, merge = _split_nnx(nnx, model)
     else:
-        import equinox as eqx
-
-        params, rest = eqx.partition(model, eqx.is_inexact_array)
-
-        def merge(params):
-            return eqx.combine(params, rest)
+        params, merge = _split_equinox(model)
 
     def loss(params, *args):
         whole = merge(params)
@@ -219,6 +207,23 @@ def functional(loss_fn: Callable[..., Any], model: Any) -> tuple[Callable[..., A
         return loss_fn(whole, *args)
 
     return loss, params
+
+
+def _split_nnx(nnx: Any, model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The parameters of an NNX module, and the function that makes a module of them."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    # Flax 0.10 has no such option and always copies.
+    has_copy = "copy" in inspect.signature(nnx.merge).parameters
+    options = {"copy": True} if has_copy else {}
+    return params, lambda params: nnx.merge(graph, params, rest, **options)
+
+
+def _split_equinox(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The floating arrays of an Equinox module, and the function that makes a module of them."""
+    import equinox as eqx
+
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    return params, lambda params: eqx.combine(params, rest)
 
 
 # While tracing

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from gradjax.taps import names
 from gradjax.taps import statistics as stats
@@ -320,7 +321,7 @@ def _loss(x: Any) -> str:
 
 def _is_readable(x: Any) -> bool:
     """Whether the host can read an array: it is not traced, deleted or on other machines."""
-    if isinstance(x, jax.core.Tracer) or not _is_array(x):
+    if isinstance(x, Tracer) or not _is_array(x):
         return False
     return not isinstance(x, jax.Array) or (x.is_fully_addressable and not x.is_deleted())
 

@@ -215,8 +215,16 @@ def freeze_diverged(
 
     judge = compile_when_eager(_judge_divergence, max_param_norm, max_value, patience)
     missing = "it keeps and judges the parameters"
-    counters = {"frozen_at": -1, "cause": 0, "doubtful": 0}
-    return guard("freeze_diverged", inner, judge, remember, needs_params=missing, **counters)
+    return guard(
+        "freeze_diverged",
+        inner,
+        judge,
+        remember,
+        needs_params=missing,
+        frozen_at=-1,
+        cause=0,
+        doubtful=0,
+    )
 
 
 def _judge_divergence(

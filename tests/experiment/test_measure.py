@@ -1,4 +1,4 @@
-"""Configured networks get their verdict; what is measured does not depend on the number of seeds."""
+"""Configured networks get their verdict, and what is measured does not depend on num_seeds."""
 
 import json
 
