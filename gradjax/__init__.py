@@ -4,12 +4,13 @@ The public names, and nothing else. Each is imported when it is first used (PEP 
 `gradjax --help` answers at once and the command line can set thread counts before JAX starts.
 """
 
-import difflib
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 from typing import TYPE_CHECKING, Any
+
+from gradjax.core.names import suggest_names
 
 if TYPE_CHECKING:
     import gradjax.report.files as results  # noqa: F401
@@ -88,6 +89,7 @@ _MODULES = {
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+_suggest = suggest_names(__name__, [*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
@@ -95,14 +97,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"gradjax.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"gradjax.{_MODULES[name]}")
-    if name.startswith("__"):
-        raise AttributeError(f"module 'gradjax' has no attribute {name!r}")
-    near = difflib.get_close_matches(name, [*_HOME, *_MODULES], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise AttributeError(
-        f"module 'gradjax' has no attribute {name!r}.{hint} Its public names are "
-        f"{', '.join(__all__)}; its modules {', '.join(_MODULES)}."
-    )
+    return _suggest(name)
 
 
 def __dir__() -> list[str]:

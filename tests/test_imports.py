@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import gradjax
 from support import ROOT
 
 PACKAGE = ROOT / "gradjax"
@@ -171,3 +172,26 @@ def test_a_misspelt_module_names_the_nearest():
     code = "import gradjax\ngradjax.tranforms"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "AttributeError" in done.stderr and "'transforms'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong", "right"),
+    [
+        ("config", "laod", "load"),
+        ("cure", "find_cures", "find_cure"),
+        ("diagnosis", "diagnos", "diagnose"),
+        ("matrix_free", "top_singular_value", "top_singular_values"),
+        ("meanfield", "qstar", "q_star"),
+        ("models", "biuld", "build"),
+        ("monitor", "Moniter", "Monitor"),
+        ("random_matrix", "newman_exponent", "newman_exponents"),
+        ("results", "run_foldr", "run_folder"),
+        ("spectrum", "lyapunov_exponent", "lyapunov_exponents"),
+        ("taps", "prob", "probe"),
+        ("tasks", "avaliable", "available"),
+        ("transforms", "clip_by_globl_norm", "clip_by_global_norm"),
+    ],
+)
+def test_every_public_module_suggests_the_nearest_name(module, wrong, right):
+    with pytest.raises(AttributeError, match=f"Did you mean '{right}'"):
+        getattr(getattr(gradjax, module), wrong)

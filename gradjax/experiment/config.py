@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradjax.core.names import suggest_names
 from gradjax.experiment.schema import FIELDS, TABLES, Command, ConfigError, Experiment
 from gradjax.experiment.schema import Diagnose as Diagnose
 from gradjax.experiment.schema import Model as Model
@@ -243,3 +244,6 @@ def _parsed(field: dataclasses.Field, text: str) -> Any:
         return kind(text)
     except ValueError:
         return text
+
+
+__getattr__ = suggest_names(__name__)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradjax.core.extras import needed_for
+from gradjax.core.names import suggest_names
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -208,3 +209,6 @@ def jsonable(value: Any) -> Any:
 def dumps(value: Any) -> str:
     """Valid JSON of `value`, non-finite numbers as strings."""
     return json.dumps(jsonable(value), indent=2, allow_nan=False)
+
+
+__getattr__ = suggest_names(__name__)

@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+from gradjax.core.names import suggest_names
 from gradjax.experiment.models.alexnet import AlexNet
 from gradjax.experiment.models.cells import CELLS
 from gradjax.experiment.models.circular import CircularCNN
@@ -128,3 +129,5 @@ def check_compatible(config: Model) -> str:
 
 
 __all__ = ["MLP", "MODELS", "build", "check_compatible", "takes", "unused"]
+
+__getattr__ = suggest_names(__name__)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gradjax.core.names import suggest_names
 from gradjax.experiment.tasks import files, graphs, images, sequences, teacher, text
 from gradjax.experiment.tasks.augment import AUGMENT as AUGMENT
 from gradjax.experiment.tasks.batches import Split as Split
@@ -298,3 +299,6 @@ def _moments(x: np.ndarray) -> tuple[float, float]:
 
 def _scaled(x: np.ndarray, mean: float, std: float) -> np.ndarray:
     return (x.astype(np.float32) - np.float32(mean)) / np.float32(std)
+
+
+__getattr__ = suggest_names(__name__)

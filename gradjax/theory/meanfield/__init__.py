@@ -33,6 +33,7 @@ theorem (`lax.custom_root`). One moment costs 96 evaluations of phi, one pair mo
 and the depth scales take 22 s of processor time.
 """
 
+from gradjax.core.names import suggest_names
 from gradjax.theory.meanfield.architectures import Gated as Gated
 from gradjax.theory.meanfield.architectures import Residual as Residual
 from gradjax.theory.meanfield.architectures import batchnorm_growth as batchnorm_growth
@@ -52,3 +53,5 @@ from gradjax.theory.meanfield.phase import gradient_correlation as gradient_corr
 from gradjax.theory.meanfield.phase import length_map as length_map
 from gradjax.theory.meanfield.phase import phase_diagram as phase_diagram
 from gradjax.theory.meanfield.phase import q_star as q_star
+
+__getattr__ = suggest_names(__name__)

@@ -15,6 +15,7 @@ corrections of the densities.
 Pure JAX in the caller's dtype; quantities that can overflow are natural logarithms.
 """
 
+from gradjax.core.names import suggest_names
 from gradjax.theory.random_matrix.checks import WEIGHTS as WEIGHTS
 from gradjax.theory.random_matrix.density import CLASSES as CLASSES
 from gradjax.theory.random_matrix.density import DerivativeLaw as DerivativeLaw
@@ -32,3 +33,5 @@ from gradjax.theory.random_matrix.moments import newman_exponents as newman_expo
 from gradjax.theory.random_matrix.moments import newman_limit as newman_limit
 from gradjax.theory.random_matrix.moments import newman_variance as newman_variance
 from gradjax.theory.random_matrix.moments import norm_moments as norm_moments
+
+__getattr__ = suggest_names(__name__)
