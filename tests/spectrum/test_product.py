@@ -100,7 +100,7 @@ def test_duplicated_and_clustered_values(logs):
 
 # Identities, for all families and variants as the lanes of one program
 
-LONG, WIDE = 30, 24
+LONG, WIDE = 60, 24
 SCALES = (1e-30, 3.0, 1e30)
 FAMILIES = {
     "gaussian": gaussian(LONG, WIDE),

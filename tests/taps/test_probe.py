@@ -483,7 +483,8 @@ def test_a_probe_prints_under_jit_and_with_statistics(weights):
     assert printed[0].splitlines()[2].split() == ["z", "(4,", "5,", "3)"]
     exact = [line.split() for line in str(whole).splitlines()[2:]]
     rows = [line.split() for line in str(reduced).splitlines()[2:]]
-    assert [row[:2] for row in rows] == [["z", "(4,)"], ["h", "(4,)"]]
+    # jit returns dictionaries in the order of their keys
+    assert [row[:2] for row in rows] == [["h", "(4,)"], ["z", "(4,)"]]
     for a, b in zip(exact, rows, strict=True):
         np.testing.assert_allclose(np.float64(a[-2:]), np.float64(b[-2:]), atol=0.011)
 
