@@ -1,13 +1,12 @@
 """Every test runs on the CPU, with strict promotion of dtypes and ranks."""
 
 import os
+import shutil
 import tempfile
 
 # Before jax is imported: both are read once, at its start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# The command line's compilation cache is not the user's here, nor one of an earlier run.
-os.environ["GRADJAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="gradjax-tests-")
 
 import hypothesis
 import jax
@@ -20,6 +19,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config):
+    """Keep compiled programs for this run only, in one folder for all workers.
+
+    Modules compile many small programs that others have compiled before. The command line gets a
+    folder of its own, so that it neither reads nor fills the user's.
+    """
+    if "GRADJAX_TESTS_FOLDER" not in os.environ:
+        os.environ["GRADJAX_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="gradjax-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("GRADJAX_TESTS_FOLDER")))
+    folder = os.environ["GRADJAX_TESTS_FOLDER"]
+    os.environ["GRADJAX_CACHE_DIR"] = f"{folder}/command_line"
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="module", autouse=True)
