@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from bounds import gamma
+from bounds import assert_rounding, gamma
 from gradjax.core import scale
 
 log_norm = jax.jit(scale.log_norm)
