@@ -20,6 +20,9 @@ from gradjax.report import files
 
 pytestmark = pytest.mark.slow
 
+# Each costs a start of the command, some twelve seconds.
+KILLS = 10
+
 CONFIG = """
 name = "resume"
 [model]
@@ -80,16 +83,16 @@ def wait_for_work(process: subprocess.Popen, output: Path) -> None:
         time.sleep(0.01)
 
 
-def test_twenty_kills_and_the_same_bits(place, undisturbed, capsys):
+def test_ten_kills_and_the_same_bits(place, undisturbed, capsys):
     kills, runs, chance = 0, 0, random.Random(0)
-    while kills < 20:
+    while kills < KILLS:
         output, runs, ended = place / f"killed-{runs}", runs + 1, False
         while not ended:
             process = start(place, output, "--resume")
             # so that it is killed at work, not while it starts
             wait_for_work(process, output)
             try:
-                process.wait(chance.uniform(0, 1.5) if kills < 20 else None)
+                process.wait(chance.uniform(0, 1.5) if kills < KILLS else None)
                 ended = True
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
