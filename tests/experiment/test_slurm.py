@@ -13,7 +13,8 @@ from gradjax.experiment import config, sweep
 from gradjax.report import files
 from support import SCRIPTS
 
-pytestmark = pytest.mark.slow
+# The jobs are processes of their own, which compile with all optimisations: so must this one.
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 SCRIPT = SCRIPTS / "sweep_slurm.py"
 
 CONFIG = """
