@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gradjax.experiment.sweep import compare as compare
     from gradjax.experiment.sweep import sweep as sweep
     from gradjax.monitor.monitor import Monitor as Monitor
+    from gradjax.replay.nonfinite import find_nonfinite as find_nonfinite
     from gradjax.spectrum.exponents import lyapunov_exponents as lyapunov_exponents
     from gradjax.spectrum.exponents import moments as moments
     from gradjax.spectrum.jacobian import jacobian_spectrum as jacobian_spectrum
@@ -55,6 +56,7 @@ _HOME = {
     "coordinate_check": "diagnosis.coordinate",
     "diagnose": "diagnosis.verdict",
     "find_cure": "cure.search",
+    "find_nonfinite": "replay.nonfinite",
     "functional": "taps.names",
     "jacobian_spectrum": "spectrum.jacobian",
     "layer_jacobians": "core.step",

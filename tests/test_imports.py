@@ -19,7 +19,7 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PUBLIC)
 LAYERS: list[dict[str, set[str]]] = [
     {"core": set()},
     {"spectrum": set(), "matrix_free": {"matfree"}, "taps": {"equinox"}},
-    {"transforms": {"optax"}},
+    {"transforms": {"optax"}, "replay": {"optax"}},
     {"theory": set()},
     {"report": {"xarray", "matplotlib", "scipy", "h5netcdf"}},
     {"diagnosis": {"optax", "xarray"}},

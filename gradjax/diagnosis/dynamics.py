@@ -1,5 +1,6 @@
 """What a few steps of the user's optimiser, its state and a history of losses show of training."""
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from gradjax import matrix_free
 from gradjax.core import scale
 from gradjax.diagnosis.probing import Measurement
 from gradjax.diagnosis.rules import Dynamics
+from gradjax.replay.nonfinite import NonFinite, search_update
 from gradjax.taps.probe import arrays_of, merger
 from gradjax.transforms import clipping_rules, telemetry
 
@@ -46,10 +48,14 @@ def observe(
         return out[0] if has_aux else out
 
     losses, seen, clipping, bad = np.zeros(0), {}, (), _bad_leaves(opt_state)
+    culprit = None
     largest, log_norms, max_norms = None, None, _max_norms(tx)
     if tx is not None:
         state = tx.init(params) if opt_state is None else opt_state
-        losses, state, largest, log_norms = _steps(scalar, tx, params, state, args, num_steps)
+        run = _training(scalar, tx, args)
+        losses, state, entries, log_norms = _steps(run, params, state, num_steps)
+        largest = float(np.max(entries))
+        culprit = _bad_update(run, tx, params, opt_state, losses, entries, log_norms)
         seen = {key: np.asarray(value) for key, value in telemetry(state).items()}
         clipping = clipping_rules(state)
         # a state that breaks only because the loss does is not the optimiser's fault
@@ -83,6 +89,7 @@ def observe(
         learning_rate=learning_rate,
         from_history=history is not None,
         clipping=clipping,
+        bad_update=culprit,
     )
     return dynamics, not_run
 
@@ -127,19 +134,9 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _steps(
-    scalar: Callable,
-    tx: optax.GradientTransformation,
-    params: PyTree,
-    state: PyTree,
-    args: tuple,
-    num_steps: int,
-) -> tuple[np.ndarray, PyTree, float, np.ndarray]:
-    """Training on one batch.
-
-    Returns:
-      losses (num_steps + 1,) before each step and after the last, the optimiser's state, the
-      largest absolute entry of an update, and the gradients' log norms (num_steps,).
+def _training(scalar: Callable, tx: optax.GradientTransformation, args: tuple) -> Callable:
+    """(params, optimiser's state, number of steps) -> (the two after them, what was seen of each
+    step, the last gradient); compiled.
     """
     tx = optax.with_extra_args_support(tx)
     arrays, merge = arrays_of(args), merger(args)
@@ -147,8 +144,8 @@ def _steps(
     def largest_entry(updates: PyTree) -> Any:
         return jnp.max(jnp.stack([jnp.max(jnp.abs(u)).astype(float) for u in updates]))
 
-    @jax.jit
-    def run(params, state, arrays):
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(params, state, arrays, num_steps):
         def loss_of(p):
             return scalar(p, *merge(arrays))
 
@@ -161,15 +158,50 @@ def _steps(
             seen = loss, largest_entry(jax.tree.leaves(updates)), scale.log_norm(grads)
             return (optax.apply_updates(params, updates), state), seen
 
-        (params, state), (losses, largest, norms) = lax.scan(
-            step, (params, state), None, length=num_steps
-        )
-        return jnp.append(losses, loss_of(params)), state, jnp.max(largest), norms
+        (params, state), seen = lax.scan(step, (params, state), None, length=num_steps)
+        last_loss, last_grads = jax.value_and_grad(loss_of)(params)
+        return params, state, seen, last_loss, last_grads
 
+    return lambda params, state, num_steps: run(params, state, arrays, num_steps)
+
+
+def _steps(
+    run: Callable, params: PyTree, state: PyTree, num_steps: int
+) -> tuple[np.ndarray, PyTree, np.ndarray, np.ndarray]:
+    """Training on one batch.
+
+    Returns:
+      losses (num_steps + 1,) before each step and after the last, the optimiser's state, the
+      largest absolute entry of each update, and the gradients' log norms, (num_steps,) both.
+    """
     # Optax's own rules mix dtypes
     with jax.numpy_dtype_promotion("standard"):
-        losses, state, largest, norms = run(params, state, arrays)
-    return np.asarray(losses, float), state, float(largest), np.asarray(norms, float)
+        _, state, (losses, largest, norms), last_loss, _ = run(params, state, num_steps)
+    losses = np.append(np.asarray(losses, float), float(last_loss))
+    return losses, state, np.asarray(largest, float), np.asarray(norms, float)
+
+
+def _bad_update(
+    run: Callable,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+    losses: np.ndarray,
+    largest: np.ndarray,
+    log_norms: np.ndarray,
+) -> tuple[int, NonFinite] | None:
+    """(step, culprit) of the first update that is not finite although its gradient is."""
+    bad = np.flatnonzero(~np.isfinite(largest))
+    if not bad.size:
+        return None
+    step = int(bad[0])
+    if not np.isfinite(losses[step]) or np.isnan(log_norms[step]) or log_norms[step] == np.inf:
+        return None
+    state = tx.init(params) if opt_state is None else opt_state
+    with jax.numpy_dtype_promotion("standard"):
+        params, state, _, _, grads = run(params, state, step)
+    culprit = search_update(tx, state, params, grads)
+    return None if culprit is None else (step, culprit)
 
 
 def _bad_leaves(tree: PyTree) -> tuple[str, ...]:

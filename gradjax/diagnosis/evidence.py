@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gradjax.replay.nonfinite import NonFinite
 from gradjax.taps import statistics as stats
 from gradjax.taps.structure import Activation, Layer, Recurrence, Structure
 
@@ -53,7 +54,8 @@ class Evidence:
       leaf_log_gradient: log norms of their gradients.
       leaf_bad: whether they hold inf or NaN.
       arg_log_rms: of the floating arguments.
-      arg_bad: names of the arguments that hold inf or NaN.
+      culprit: the operation that makes the loss or a gradient inf or NaN; None if all are finite,
+        or if it was not found.
       skipped: named values that cannot be measured -> why.
       shattering: measures how the gradient changes with the input, `Measurement.shattering`; a
         function, since it compiles a gradient of its own.
@@ -83,7 +85,7 @@ class Evidence:
     leaf_log_gradient: list[np.ndarray]
     leaf_bad: list[bool]
     arg_log_rms: list[float]
-    arg_bad: list[str]
+    culprit: NonFinite | None
     skipped: dict[str, str]
     shattering: Callable[[], tuple[float, float] | None] = _not_measured
     params: list[np.ndarray] = field(default_factory=list, repr=False)

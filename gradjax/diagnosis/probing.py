@@ -16,6 +16,8 @@ import numpy as np
 
 from gradjax.core import scale
 from gradjax.diagnosis.evidence import Evidence
+from gradjax.replay.gradient import gradient_jaxpr
+from gradjax.replay.nonfinite import Names, NonFinite, search
 from gradjax.taps import statistics as stats
 from gradjax.taps.interpret import Site, run, watching
 from gradjax.taps.jaxprs import outer_scan
@@ -103,6 +105,7 @@ class Measurement:
         self.traced: Traced = trace(loss_fn, params, args, has_aux, where)
         self.structure = analyse(self.traced.jaxpr, self.traced.sites, self.traced.num_params)
         self.args, self.has_aux = args, has_aux
+        self.names = Names(self.traced, loss_fn, args)
         leaves = self.traced.leaves[: self.traced.num_params]
         self.rows = _num_rows(self.structure, [np.shape(x) for x in leaves])
         layers = {layer.site.path: layer.site for layer in self.structure.layers}
@@ -340,6 +343,7 @@ class Measurement:
             recurrences=[_over_time(r, seen) for r in self.structure.recurrences],
             skipped=traced.skipped,
             shattering=self.shattering,
+            culprit=self._culprit(leaves, seen),
             **self._leaf_fields(leaves, seen),
             **_argument_fields(given),
         )
@@ -361,6 +365,18 @@ class Measurement:
             "params": params,
         }
 
+    def _culprit(self, leaves: list, seen: _Seen) -> NonFinite | None:
+        """What makes the loss or a gradient inf or NaN; asked only where one is."""
+        sizes = [np.max(x) for x in seen.grads.values()]
+        if np.isfinite(float(seen.out[0])) and all(x < np.inf for x in sizes):
+            return None
+        return search(self.traced, self.gradient, leaves, self.names)[0]
+
+    @functools.cached_property
+    def gradient(self) -> Any:
+        """The program of the loss and its gradient, for the search."""
+        return gradient_jaxpr(self.traced)
+
     def _order(self, values: dict) -> list[tuple[str, int | None]]:
         """(name, row) of every value as they were computed: the rows of a scan one after the
         other.
@@ -376,15 +392,10 @@ class Measurement:
 
 def _argument_fields(given: tuple) -> dict[str, Any]:
     """The fields of `Evidence` about arguments."""
-    floats = {
-        jax.tree_util.keystr(path): np.asarray(x, np.float64)
-        for path, x in jax.tree_util.tree_leaves_with_path(given)
-        if _is_float(x)
-    }
+    floats = [np.asarray(x, np.float64) for x in jax.tree.leaves(given) if _is_float(x)]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        log_rms = [float(0.5 * np.log(np.mean(np.square(x)))) for x in floats.values()]
-    bad = [name for name, x in floats.items() if not np.isfinite(x).all()]
-    return {"arg_log_rms": log_rms, "arg_bad": bad}
+        log_rms = [float(0.5 * np.log(np.mean(np.square(x)))) for x in floats]
+    return {"arg_log_rms": log_rms}
 
 
 def _over_time(recurrence: Recurrence, seen: _Seen) -> tuple[Recurrence, np.ndarray, np.ndarray]:

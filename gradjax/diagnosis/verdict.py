@@ -97,7 +97,8 @@ class Diagnosis:
         lines = [f"verdict: {self.headline}"]
         for finding in self.findings:
             lines.append(words.explain(finding))
-            lines.append(f"Remedies to try: {', '.join(finding.remedies)}.")
+            if "text" not in finding.evidence or finding.pathology != "non_finite":
+                lines.append(f"Remedies to try: {', '.join(finding.remedies)}.")
         if self.not_run:
             rules_left = [f"{rule} ({why})" for rule, why in self.not_run.items()]
             lines.append(f"Not run: {'; '.join(rules_left)}.")

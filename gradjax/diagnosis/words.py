@@ -45,7 +45,7 @@ def fields(finding: Finding) -> dict[str, Any]:
     Returns:
       place, kind, cause and threshold; of a growth also factor, grows (or "shrinks"), deviations
       and to (" to X", the end of the run, or nothing); and where the evidence has the number
-      before, norm and largest (as factors), and count (of leaves).
+      norm and largest (as factors), and count (of leaves).
     """
     evidence = finding.evidence
     known: dict[str, Any] = {
@@ -55,7 +55,6 @@ def fields(finding: Finding) -> dict[str, Any]:
         "threshold": finding.threshold,
     }
     logs = {
-        "before": "log_max_before",
         "norm": "log_norm",
         "largest": "log_activation_rms_largest",
         "factor": "growth_nats",

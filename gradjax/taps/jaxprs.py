@@ -120,3 +120,36 @@ def outer_scan(jaxpr: Any, path: Path) -> Path:
         k += 2 if is_cond else 1
         jaxpr = within[branch][1]
     return ()
+
+
+# Where an equation comes from
+
+
+def frames(eqn: Any) -> list[tuple[Any, int]]:
+    """(code object, index of the instruction) of the calls that made an equation, the innermost
+    first. Inside a jitted function they end at its border.
+    """
+    traceback = eqn.source_info.traceback
+    return [] if traceback is None else list(zip(*traceback.raw_frames(), strict=True))
+
+
+def scopes(eqn: Any) -> list[str]:
+    """The names of the `jax.named_scope`s around an equation, within its own jaxpr."""
+    stack = eqn.source_info.name_stack.stack
+    return [part.name for part in stack if type(part).__name__ == "Scope"]
+
+
+def at_place_of(eqn: Any, scope: str) -> Any:
+    """The equation without a traceback of its own and in one more scope.
+
+    What is traced while it is evaluated then has the frames of the Python code that runs.
+    """
+    info = eqn.source_info
+    bare = type(info)(None, info.name_stack.extend(scope))
+    return eqn.replace(source_info=bare)
+
+
+def is_transposed(eqn: Any) -> bool:
+    """Whether an equation belongs to a backward pass, as far as its own jaxpr shows."""
+    stack = eqn.source_info.name_stack.stack
+    return any(type(part).__name__ == "Transform" and part.name == "transpose" for part in stack)

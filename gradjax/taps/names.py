@@ -26,6 +26,8 @@ from gradjax.taps.jaxprs import named
 
 PyTree = Any
 _SEPARATOR = "\x1f"
+# Begins the `jax.named_scope` that is opened around a module's call while a probe traces.
+SCOPE = "module:"
 
 
 def _marked(x: Any, kind: str, name: str, label: str = "", leaf: str = "") -> Any:
@@ -78,7 +80,9 @@ def _name_leaves(out: PyTree, kind: str, name: str, label: str = "") -> PyTree:
 
 
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    out, method = next_fun(*args, **kwargs), context.method_name
+    method = context.method_name
+    with jax.named_scope(SCOPE + "/".join(context.module.path)):
+        out = next_fun(*args, **kwargs)
     # Private helpers, and the lambdas that nn.scan lifts, get no name.
     if method.startswith(("_", "<")) and method != "__call__":
         return out
@@ -155,7 +159,8 @@ def _wrap(cls: type) -> None:
         path = _known[id(self)][0] if _known is not None else ""
         _stack.append((self, path))
         try:
-            out = original(self, *args, **kwargs)
+            with jax.named_scope(SCOPE + path):
+                out = original(self, *args, **kwargs)
             return _name_leaves(out, "module", path or cls.__name__, cls.__name__)
         finally:
             _stack.pop()

@@ -114,13 +114,19 @@ def merger(args: tuple) -> Callable[[list], tuple]:
 
 
 def trace(
-    loss_fn: Callable[..., Any], params: PyTree, args: tuple, has_aux: bool, where: str = "probe"
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple,
+    has_aux: bool,
+    where: str = "probe",
+    needs_names: bool = True,
 ) -> Traced:
     """Trace `loss_fn(params, *args)` to a jaxpr in which module outputs have names, and check it.
 
     Args:
       loss_fn, params, args, has_aux: as in `probe`.
       where: the name of the public function, which begins the error messages.
+      needs_names: whether a loss without any named value is an error.
 
     Raises:
       ValueError: see `probe`.
@@ -148,7 +154,7 @@ def trace(
             raise
     _check_loss(shape, has_aux, where)
     sites, skipped = named_sites(jaxpr)
-    if not sites:
+    if needs_names and not sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
             f"{where}: no named value was found{f' ({reasons})' if reasons else ''}. Outputs of "

@@ -48,7 +48,8 @@ def _completed(finding: Finding) -> Finding:
     entry = BY_NAME[finding.pathology]
     threshold = entry.threshold if math.isnan(finding.threshold) else finding.threshold
     source = finding.source or f"{entry.criterion}; {entry.source}"
-    return replace(finding, threshold=threshold, source=source, remedies=entry.remedies)
+    remedies = finding.remedies or entry.remedies
+    return replace(finding, threshold=threshold, source=source, remedies=remedies)
 
 
 def in_order(found: Sequence[Finding]) -> list[Finding]:

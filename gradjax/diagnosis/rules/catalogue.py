@@ -59,7 +59,11 @@ _GROWTH = (
     "standard deviations from that of a critical network of this width and depth. Cause: {cause}."
 )
 _BACKWARD = ("On its way back from {place}{to} the gradient " + _GROWTH,)
-_FORWARD = ("On its way from {place}{to} the activation " + _GROWTH,)
+_OUT_OF_RANGE = (
+    "On its way to {out_of_range_at} the activation " + _GROWTH + " There {operation} leaves the "
+    "range of {dtype} ({line})."
+)
+_FORWARD = (_OUT_OF_RANGE, "On its way from {place}{to} the activation " + _GROWTH)
 _HANIN = "Hanin & Nica 2018, arXiv 1812.05994"
 
 PATHOLOGIES: tuple[Pathology, ...] = (
@@ -78,20 +82,20 @@ PATHOLOGIES: tuple[Pathology, ...] = (
             "Cause: {cause}.",
         ),
         remedies=("reset_optimizer_state", "skip_non_finite", "restore_moments"),
-        rules=(training.frozen_optimizer,),
+        rules=(training.bad_update, training.frozen_optimizer),
         when="training",
     ),
     Pathology(
         name="non_finite",
         meaning="a value is inf or NaN, and it is the first one",
-        first_remedy="by cause: clean the batch (`bad_data`), go back to a checkpoint "
-        "(`bad_parameter`), a stable formula (`invalid_operation`: log of 0, 0/0, the root's slope "
-        "at 0), loss scaling (`float_range`)",
-        criterion="a value, gradient, parameter or argument is inf or NaN; the first one is named",
+        first_remedy="by cause, named with the operation and its line; see "
+        "[the reasons](#why-an-operation-is-not-finite)",
+        criterion="the loss, a gradient or a parameter is inf or NaN; named is the first operation "
+        "whose result is not finite although its operands are, of those that reach it",
         source="by definition",
         threshold=math.inf,
-        words=("{place} holds inf or NaN ({cause}).",),
-        remedies=("normalize_inputs", "check_data", "skip_non_finite", "lower_learning_rate"),
+        words=("{text}", "{reached} is not finite: {words} ({cause})."),
+        remedies=("check_data", "skip_non_finite", "lower_learning_rate"),
         rules=(numbers.non_finite,),
         when="first",
         one_seed=True,
@@ -151,15 +155,11 @@ PATHOLOGIES: tuple[Pathology, ...] = (
         name="exploding_activations",
         meaning="the forward pass grows, at worst beyond the range of its dtype",
         first_remedy="initialise at the critical gain; bfloat16 in place of float16",
-        criterion="activations grow by the main rule, to more than 1; or a value is the first to "
-        "leave the range of its dtype, after entries that were near it",
+        criterion="activations grow by the main rule, to more than 1; or up to the layer, the step "
+        "in time or the loss that leaves the range of its dtype",
         source="as the main rule; 3.4e38, in float16 65,504",
         threshold=GROWTH_NATS,
-        words=(
-            *_FORWARD,
-            "The forward pass grows until {place}; the largest entry before it is {before}. "
-            "Cause: {cause}.",
-        ),
+        words=_FORWARD,
         remedies=("critical_init", "layernorm", "residual_scaled"),
         rules=(growth.activation_growth,),
         one_seed=True,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradjax.diagnosis.evidence import Evidence
+from gradjax.replay.nonfinite import NonFinite
 from gradjax.taps.structure import Layer
 
 
@@ -18,8 +19,8 @@ class Finding:
     """One pathology: what, where it starts, why, by which numbers, against which threshold, and
     what to try.
 
-    A rule may leave out `threshold` and `source`; `findings` then takes those of the catalogue, and
-    always adds the remedies.
+    A rule may leave out `threshold`, `source` and `remedies`; `findings` then takes those of the
+    catalogue.
 
     Attributes:
       pathology: its name in `gradjax.diagnosis.rules.CAUSAL`.
@@ -101,3 +102,26 @@ def weight_scale(e: Evidence, layer: Layer) -> float | None:
             value = float(np.max(log_rms) if row is None else log_rms[row])
             scales.append(math.exp(min(value, 300.0)) * math.sqrt(fan_in))
     return max(scales, default=None)
+
+
+def of_culprit(culprit: NonFinite) -> dict[str, Any]:
+    """What a finding says of the operation that made inf or NaN."""
+    evidence = {
+        "reached": culprit.reached,
+        "phase": culprit.phase,
+        "entry": list(culprit.entry),
+        "value": culprit.value,
+        "words": culprit.words,
+        "dtype": culprit.dtype,
+    }
+    if culprit.primitive:
+        evidence |= {
+            "operation": culprit.primitive,
+            "derivative_of": culprit.forward if culprit.phase == "backward" else None,
+            "operands": list(culprit.operands),
+            "line": None if culprit.line is None else str(culprit.line),
+            "source": None if culprit.line is None else culprit.line.text.strip(),
+            "module": culprit.module,
+            "iterations": [list(each) for each in culprit.iterations],
+        }
+    return evidence | {"text": str(culprit)}

@@ -1,6 +1,7 @@
 """Rules of growth: gradients over depth and time, activations over depth, and the causes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -139,7 +140,12 @@ def activation_growth(e: Evidence) -> list[Finding]:
     if (growth.nats > 0 and last <= 0) or (growth.nats < 0 and last >= -0.5 * GROWTH_NATS):
         return []
     first, _ = growth_run(rises(activation, growth.nats))
-    layers = e.layers[1 : e.hidden]
+    return [_of_activations(e, growth, first + 1, e.hidden)]
+
+
+def _of_activations(e: Evidence, growth: Growth, start: int, count: int) -> Finding:
+    """The finding for a growth over the first `count` layers that starts at one of them."""
+    layers = e.layers[1:count]
     skips = fraction_of(layers, lambda x: x.skip) > 0.5
     normalized = fraction_of(layers, lambda x: bool(x.norm)) >= 0.5
     if growth.nats < 0:
@@ -148,9 +154,47 @@ def activation_growth(e: Evidence) -> list[Finding]:
         name, cause = "residual_growth", "unscaled_residual"
     else:
         name, cause = "exploding_activations", "weights_too_large"
-    evidence = growth.evidence(len(activation) - 1)
-    place = layer_place(e, first + 1)
-    return [Finding(name, place, cause, evidence, growth.threshold, SOURCE)]
+    evidence = growth.evidence(count - 1)
+    return Finding(name, layer_place(e, start), cause, evidence, growth.threshold, SOURCE)
+
+
+def before_overflow(e: Evidence) -> list[Finding]:
+    """Growth of the forward pass up to the layer, or the step in time, that left the range of its
+    dtype; up to the last one where only the loss left it.
+    """
+    out = []
+    activation = e.log_activation[hidden(e)]
+    count = _finite_prefix(activation)
+    if count > 1:
+        sizes = e.size[hidden(e)][:count]
+        growth = measure_growth(activation[:count][::-1], sizes[::-1], _fan_ins(e)[: count - 1])
+        if growth.nats > 0 and growth.passes_threshold:
+            first, _ = growth_run(rises(activation[:count], growth.nats))
+            overflows = count < e.hidden
+            found = _of_activations(e, growth, count if overflows else first + 1, count)
+            end = found.where["name"] if overflows else "the loss"
+            out.append(replace(found, evidence=found.evidence | {"out_of_range_at": end}))
+    for recurrence, state, _ in e.recurrences if not out else ():
+        count = _finite_prefix(state)
+        if count < 2:
+            continue
+        fan_ins = [recurrence.fan_in] * (count - 1)
+        growth = measure_growth(state[:count][::-1], np.ones(count), fan_ins)
+        if growth.nats > 0 and growth.passes_threshold:
+            step = min(count, len(state) - 1)
+            place = where("step", step, f"{recurrence.name}[{step}]")
+            end = place["name"] if count < len(state) else "the loss"
+            evidence = growth.evidence(count - 1) | {"out_of_range_at": end}
+            name, cause = "exploding_activations", "weights_too_large"
+            out.append(Finding(name, place, cause, evidence, growth.threshold, SOURCE))
+    cause_of_half = {"exploding_activations": "float_range"} if e.half else {}
+    return [replace(x, cause=cause_of_half.get(x.pathology, x.cause)) for x in out]
+
+
+def _finite_prefix(values: np.ndarray) -> int:
+    """How many values there are before the first that is inf or NaN."""
+    bad = np.flatnonzero(np.isnan(values) | np.isposinf(values))
+    return int(bad[0]) if bad.size else len(values)
 
 
 def _small_from_the_start(e: Evidence, largest: float) -> Finding:

@@ -1,95 +1,81 @@
 """Rules of numbers: inf and NaN, norms that overflow, parameters that can have no gradient."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from gradjax.diagnosis.evidence import Evidence
-from gradjax.diagnosis.rules.finding import Finding, layer_place, row_of, where
+from gradjax.diagnosis.rules import growth
+from gradjax.diagnosis.rules.finding import Finding, of_culprit, where
 
-FLOAT16_MAX = 65504.0
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LOG_NORM_LIMIT = 0.5 * math.log(FLOAT32_MAX)
+# Reasons of `gradjax.replay.reasons` that a growth over the layers can bring about.
+OUT_OF_RANGE = ("overflow", "cast_overflow", "loss_scale")
 
 
 def non_finite(e: Evidence) -> list[Finding]:
-    """The first value that is inf or NaN, and what made it."""
-    if e.arg_bad:
-        evidence = {"loss": e.loss, "arguments": e.arg_bad}
-        return [Finding("non_finite", where("argument", 0, e.arg_bad[0]), "bad_data", evidence)]
+    """What makes the loss, a gradient or a parameter inf or NaN: the operation and its line; the
+    growth of the forward pass where that took a value out of range.
+    """
     if any(e.leaf_bad):
         first = e.leaf_bad.index(True)
         place = where("leaf", first, e.leaf_names[first])
-        return [Finding("non_finite", place, "bad_parameter", {"loss": e.loss})]
-    before = -math.inf
-    for name, row in e.order:
-        seen = e.values[name]
-        if row_of(seen.bad, row) > 0:
-            return [_first_bad(e, name, row, before)]
-        before = row_of(seen.log_max, row)
-    if not math.isfinite(e.loss):
-        cause = "float_range" if e.half else "invalid_operation"
+        words = "it was given that way"
+        evidence = {"loss": e.loss, "reached": place["name"], "words": words}
+        return [Finding("non_finite", place, "bad_parameter", evidence)]
+    if e.culprit is None:
+        if math.isfinite(e.loss):
+            return []
+        words = "evaluated one operation at a time it is finite: it is at the edge of its range"
+        evidence = {"loss": e.loss, "reached": "the loss", "words": words}
         place = where("layer", len(e.layers), "loss")
-        evidence = {"loss": e.loss, "last_value": e.order[-1][0]}
-        return [Finding("non_finite", place, cause, evidence)]
-    bad = [i for i, c in enumerate(e.log_cotangent) if np.isnan(c) or c == np.inf]
-    if bad:
-        evidence = {"loss": e.loss, "backward": True}
-        place = layer_place(e, bad[-1])
-        return [Finding("non_finite", place, "invalid_operation", evidence)]
-    return []
-
-
-def _first_bad(e: Evidence, name: str, row: int | None, before: float) -> Finding:
-    """The finding for the first value that is not finite; e^before is the largest entry of the
-    value before it.
-    """
-    place = where("layer", _layer_of(e, name, row), name if row is None else f"{name}[{row}]")
-    dtype = np.dtype(next((x.site.dtype for x in e.layers), np.float32))
-    half = dtype.name == "float16"
-    limit = math.log(FLOAT16_MAX if half else FLOAT32_MAX)
-    evidence = {
-        "loss": e.loss,
-        "log_max_before": before,
-        "first_entry": int(row_of(e.values[name].first_bad, row)),
-    }
-    if before <= 0.4 * limit:
-        return Finding("non_finite", place, "invalid_operation", evidence)
-    cause = "float_range" if half else "weights_too_large"
-    source = f"the forward pass leaves the range of {dtype.name}, |h| > {math.exp(limit):.3g}"
-    return Finding("exploding_activations", place, cause, evidence, limit, source)
-
-
-def _layer_of(e: Evidence, name: str, row: int | None) -> int:
-    """The index of the layer with that value; of a value inside a layer, that layer's; else 0."""
-    for i, layer in enumerate(e.layers):
-        if layer.site.name == name and layer.row == row:
-            return i
-    return next((i for i, x in enumerate(e.layers) if name.startswith(x.site.name)), 0)
+        return [Finding("non_finite", place, "float_range", evidence)]
+    if e.culprit.reason in OUT_OF_RANGE:
+        # The gradient's own growth is found by the other rules.
+        growing = growth.before_overflow(e)
+        if growing or e.culprit.phase == "backward":
+            return [replace(x, evidence=x.evidence | of_culprit(e.culprit)) for x in growing]
+    return [_of_culprit(e)]
 
 
 def backward_overflow(e: Evidence) -> list[Finding]:
-    """Cotangents that leave the range of their dtype on the way back, while the forward pass stays
-    in it.
-    """
-    bad = [
-        i
-        for i, x in enumerate(e.layers)
-        if x.site.name in e.cotangents and row_of(e.cotangents[x.site.name].bad, x.row) > 0
-    ]
-    gradients = [i for i, x in enumerate(e.leaf_log_gradient) if not np.all(x < np.inf)]
-    if bad:
-        place = layer_place(e, bad[-1])
-    elif gradients:
-        place = where("leaf", gradients[0], e.leaf_names[gradients[0]])
-    else:
+    """A gradient that leaves the range of its dtype although the network does not explode."""
+    if e.culprit is None or e.culprit.phase != "backward":
         return []
-    known = e.log_cotangent[np.isfinite(e.log_cotangent)]
-    large = bool(known.size) and known.max() > 60
-    cause = "float_range" if e.half or large else "invalid_operation"
-    evidence = {"loss": e.loss, "backward": True}
-    source = "a cotangent or gradient that is inf or NaN where every value is finite"
-    return [Finding("non_finite", place, cause, evidence, source=source)]
+    return [_of_culprit(e)] if e.culprit.reason in OUT_OF_RANGE else []
+
+
+def _of_culprit(e: Evidence) -> Finding:
+    culprit = e.culprit
+    assert culprit is not None
+    evidence = {"loss": e.loss} | of_culprit(culprit)
+    return Finding("non_finite", _place(e), culprit.reason, evidence, remedies=culprit.remedies)
+
+
+def _place(e: Evidence) -> dict[str, Any]:
+    """Where a finding about the culprit starts."""
+    culprit = e.culprit
+    assert culprit is not None
+    if culprit.phase == "data":
+        return where("argument", 0, culprit.name)
+    if culprit.phase == "parameter":
+        known = [i for i, name in enumerate(e.leaf_names) if name == culprit.name]
+        return where("leaf", known[0] if known else 0, culprit.name)
+    if not culprit.near:
+        return where("layer", len(e.layers), culprit.module or "loss")
+    return where("layer", _layer_of(e, culprit.near), culprit.near)
+
+
+def _layer_of(e: Evidence, name: str) -> int:
+    """The index of the layer of that name; of a value inside a layer, that layer's; else 0."""
+    names = [layer.name for layer in e.layers]
+    if name in names:
+        return names.index(name)
+    inside = (i for i, layer in enumerate(e.layers) if name.startswith(layer.site.name))
+    return next(inside, 0)
 
 
 def untrained_layer(e: Evidence) -> list[Finding]:

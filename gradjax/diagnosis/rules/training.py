@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gradjax.diagnosis.rules.finding import Finding, where
+from gradjax.diagnosis.rules.finding import Finding, of_culprit, where
+from gradjax.replay.nonfinite import NonFinite
 
 SMALLEST_UPDATE = 1e-12
 SHARPNESS_MARGIN = 1.2
@@ -33,6 +34,7 @@ class Dynamics:
       half: whether parameters are in float16.
       sharpness: the largest eigenvalue of the loss's Hessian.
       learning_rate: of plain gradient descent.
+      bad_update: the first step whose update is not finite although its gradient is, and why.
       from_history: whether `losses` are the user's history, over many batches.
     """
 
@@ -47,10 +49,23 @@ class Dynamics:
     learning_rate: float | None = None
     from_history: bool = False
     clipping: tuple[str, ...] = ()
+    bad_update: tuple[int, NonFinite] | None = None
+
+
+def bad_update(d: Dynamics) -> list[Finding]:
+    """An update that is not finite although the gradient is: the optimiser makes it so."""
+    if d.bad_update is None:
+        return []
+    step, culprit = d.bad_update
+    evidence = {"step": step} | of_culprit(culprit)
+    place = where("leaf", 0, culprit.name)
+    return [Finding("non_finite", place, culprit.reason, evidence, remedies=culprit.remedies)]
 
 
 def frozen_optimizer(d: Dynamics) -> list[Finding]:
     """An optimiser state that overflowed: its entries never move again."""
+    if d.bad_update is not None:
+        return []
     if d.opt_bad:
         evidence = {"leaves": list(d.opt_bad)}
         place = where("leaf", 0, d.opt_bad[0])
@@ -85,7 +100,7 @@ def unstable_step_size(d: Dynamics) -> list[Finding]:
                 "(Cohen et al. 2021, arXiv 2103.00065)"
             )
             return [_too_long(evidence, SHARPNESS_MARGIN, source)]
-    if len(d.losses) > 2 and not d.from_history:
+    if len(d.losses) > 2 and not d.from_history and d.bad_update is None:
         return _rising_loss(d, evidence)
     return []
 
