@@ -44,7 +44,6 @@ class Evidence:
       tokens: (layers,) variance over the positions of one example, likewise; NaN without positions.
       units: (layers,) variance over units, likewise.
       values: statistics by the name of a value.
-      order: every (name, row) in the order of evaluation.
       cotangents: statistics of the cotangents, by the name of a value.
       activations: each activation function with its dead or flat fraction, or `Logits`.
       recurrences: each with log rms of the state and of its cotangent, (T,) both.
@@ -75,7 +74,6 @@ class Evidence:
     tokens: np.ndarray
     units: np.ndarray
     values: dict[str, stats.Statistics]
-    order: list[tuple[str, int | None]]
     cotangents: dict[str, stats.Cotangent]
     activations: list[tuple[Activation, Any]]
     recurrences: list[tuple[Recurrence, np.ndarray, np.ndarray]]

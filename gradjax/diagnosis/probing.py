@@ -20,7 +20,6 @@ from gradjax.replay.gradient import gradient_jaxpr
 from gradjax.replay.nonfinite import Names, NonFinite, search
 from gradjax.taps import statistics as stats
 from gradjax.taps.interpret import Site, run, watching
-from gradjax.taps.jaxprs import outer_scan
 from gradjax.taps.probe import Traced, arrays_of, trace
 from gradjax.taps.structure import Recurrence, Structure, analyse
 
@@ -337,7 +336,6 @@ class Measurement:
             tokens=self._along(lambda s: s.tokens, seen.spread),
             units=self._along(lambda s: s.units, seen.spread),
             values={name_of[path]: value for path, value in values.items()},
-            order=self._order(values),
             cotangents={name_of[path]: sink for path, sink in seen.sinks.items()},
             activations=[(a, seen.special.get(a.site.path)) for a in self.structure.activations],
             recurrences=[_over_time(r, seen) for r in self.structure.recurrences],
@@ -376,18 +374,6 @@ class Measurement:
     def gradient(self) -> Any:
         """The program of the loss and its gradient, for the search."""
         return gradient_jaxpr(self.traced)
-
-    def _order(self, values: dict) -> list[tuple[str, int | None]]:
-        """(name, row) of every value as they were computed: the rows of a scan one after the
-        other.
-        """
-        keyed = []
-        for path, site in self.sites.items():
-            rows = np.size(values[path].log_rms) if site.lead else 1
-            scan = outer_scan(self.traced.jaxpr, path)
-            for row in range(rows):
-                keyed.append(((scan or path, row, path), site.name, row if site.lead else None))
-        return [(name, row) for _, name, row in sorted(keyed, key=lambda each: each[0])]
 
 
 def _argument_fields(given: tuple) -> dict[str, Any]:

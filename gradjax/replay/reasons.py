@@ -13,7 +13,8 @@ import numpy as np
 
 from gradjax.replay.loops import unfold
 from gradjax.replay.tape import Constant, Input, Part, Row, Step, Value, is_inexact
-from gradjax.replay.walk import Culprit, depends_on, entries, is_meant
+from gradjax.replay.walk import Culprit, depends_on, entries
+from gradjax.taps.jaxprs import is_transposed
 
 
 @dataclass(frozen=True)
@@ -504,20 +505,17 @@ def _is_indicator(x: Any) -> bool:
 
 
 def _is_not_selected(facts: Facts) -> bool:
-    """Whether the derivative of the operation is multiplied by a 0 that comes from a `where` which
-    did not select its value.
+    """Whether the bad entry was multiplied by a cotangent of 0 that comes from a `where` which did
+    not select what it belongs to.
     """
-    traceback = facts.step.eqn.source_info.traceback
-    for step, operand, entry in facts.culprit.zeros:
-        is_own = step.eqn.source_info.traceback is traceback
-        if is_own and traceback is not None and _from_select(operand, entry):
-            return True
-    return False
+    zeros = facts.culprit.zeros
+    return any(_from_select(operand, entry) for _, operand, entry in zeros)
 
 
 def _from_select(value: Value, entry: Any) -> bool:
     for step, made, at in sources(value, entry):
-        if step.name == "select_n" and at is not None:
+        transposed = any(is_transposed(eqn) for eqn in step.eqns)
+        if step.name == "select_n" and at is not None and transposed:
             chosen = depends_on(step, made.position, at)
             k = next(i for i, each in enumerate(chosen) if each is not None)
             index = chosen[k]
@@ -609,4 +607,3 @@ _LOG10: dict[str, Callable[..., float]] = {
     "cosh": _hyperbolic,
     "sinh": _hyperbolic,
 }
-__all__ = ["REASONS", "Facts", "Reason", "explain", "is_meant", "sources", "why"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gradjax.replay.loops import entry_is, unfold
+from gradjax.replay.loops import unfold
 from gradjax.replay.tape import Constant, Input, Step, Value
 from gradjax.taps.jaxprs import bind
 
@@ -299,6 +299,3 @@ def entries(value: Value, index: Index | None) -> np.ndarray | None:
     if index is None or value.data is None:
         return None
     return np.asarray(value.data)[index]
-
-
-__all__ = ["Culprit", "depends_on", "entries", "entry_is", "is_meant", "trace_back"]

@@ -106,22 +106,6 @@ def read(env: dict, atom: Any) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
-def outer_scan(jaxpr: Any, path: Path) -> Path:
-    """The path of the outermost scan around an equation, () if there is none."""
-    k = 0
-    while k < len(path) - 1:
-        eqn = jaxpr.jaxpr.eqns[path[k]]
-        if eqn.primitive.name == "scan":
-            return path[: k + 1]
-        within = insides(eqn)
-        # The path of a `cond` has the number of the branch as one more index.
-        is_cond = eqn.primitive.name == "cond"
-        branch = path[k + 1] if is_cond else 0
-        k += 2 if is_cond else 1
-        jaxpr = within[branch][1]
-    return ()
-
-
 # Where an equation comes from
 
 

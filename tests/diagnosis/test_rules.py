@@ -14,7 +14,6 @@ from pathologies.synthetic import evidence
 from gradjax.diagnosis import words
 from gradjax.diagnosis.rules import CAUSAL, PATHOLOGIES, Dynamics, findings
 from gradjax.diagnosis.rules.main_rule import maximal_run
-from gradjax.taps.statistics import Cotangent, Statistics
 
 
 def found(e):
@@ -46,7 +45,8 @@ def test_a_planted_pathology_is_the_first_finding_and_is_explained(name):
         finding = findings(*seen)[0]
         assert finding.pathology == name, finding
         assert not np.isnan(finding.threshold)
-        assert finding.source and finding.remedies == entry.remedies
+        own = name == "non_finite" and finding.evidence.get("text")
+        assert finding.source and (own or finding.remedies == entry.remedies)
         texts.append(words.explain(finding))
     for template in entry.words:
         pattern = re.sub(r"\\\{.*?\\\}", ".*", re.escape(template))
@@ -139,33 +139,49 @@ def test_maximal_run_is_the_best_of_all_runs(values):
 # Values that are not finite
 
 
-def test_nothing_broken_is_healthy():
+def test_what_is_not_finite_is_named_with_its_cause():
     healthy = evidence([0.0] * 30)
     assert not found(healthy)
-    bad = Statistics(*map(np.float32, (np.inf, 1.0, 1.0, 3.0, 0.0)))
-    (finding,) = found(replace(healthy, values=healthy.values | {"hidden_13": bad}))
-    assert (finding.pathology, finding.cause, finding.where["name"]) == (
-        "non_finite",
-        "invalid_operation",
-        "hidden_13",
-    )
-    assert "hidden_13" in words.explain(finding)
-    large = Statistics(*map(np.float32, (87.0, 88.0, 0.0, -1.0, 0.0)))
-    values = healthy.values | {"hidden_12": large, "hidden_13": bad}
-    (finding,) = found(replace(healthy, values=values))
-    assert (finding.pathology, finding.where["index"]) == ("exploding_activations", 12)
-    assert "hidden_13" in words.explain(finding)
-    assert found(replace(healthy, loss=np.nan))[0].where["name"] == "loss"
-    assert found(replace(healthy, arg_bad=["[0]"]))[0].cause == "bad_data"
+    zero = synthetic.culprit(reason="slope_at_zero", phase="backward", near="hidden_13")
+    (finding,) = found(replace(healthy, culprit=zero))
+    assert (finding.pathology, finding.cause) == ("non_finite", "slope_at_zero")
+    assert finding.where == {"kind": "layer", "index": 12, "name": "hidden_13"}
+    assert finding.evidence["line"] == "model.py:7" and finding.remedies == zero.remedies
+    assert "model.py:7" in words.explain(finding)
+    (finding,) = found(replace(healthy, culprit=replace(zero, near="")))
+    assert finding.where["index"] == 31
+    given = replace(zero, phase="data", primitive="", name="x", reason="bad_data")
+    (finding,) = found(replace(healthy, culprit=given))
+    assert finding.where == {"kind": "argument", "index": 0, "name": "x"}
     (finding,) = found(replace(healthy, leaf_bad=[True], leaf_names=["['w']"]))
     assert finding.cause == "bad_parameter"
+    (finding,) = found(replace(healthy, loss=np.nan))
+    assert finding.where["name"] == "loss" and "one operation at a time" in words.explain(finding)
 
 
-def test_cotangents_out_of_range_have_a_cause_by_their_dtype():
-    overflow = Cotangent(*map(np.float32, (np.inf, 1.0, 0.0, 0.0)))
-    backward = replace(evidence([0.0] * 30), cotangents={"hidden_2": overflow})
-    assert found(replace(backward, half=True))[0].cause == "float_range"
-    assert found(replace(backward, half=False))[0].cause == "invalid_operation"
+def test_an_overflow_is_explained_by_the_growth_before_it():
+    activation = np.append(0.5 * np.arange(20), [np.inf, np.nan])
+    growing = evidence([0.0] * 21, activation=activation)
+    (finding,) = found(replace(growing, culprit=synthetic.culprit()))
+    assert (finding.pathology, finding.where["index"]) == ("exploding_activations", 20)
+    assert finding.evidence["growth_nats_per_layer"] == pytest.approx(0.5)
+    assert "hidden_21" in words.explain(finding) and "model.py:7" in words.explain(finding)
+    in_the_loss = evidence([0.0] * 19, activation=0.5 * np.arange(20))
+    (finding,) = found(replace(in_the_loss, culprit=synthetic.culprit(near="")))
+    assert "On its way to the loss" in words.explain(finding)
+    half = replace(growing, culprit=synthetic.culprit(dtype="float16"), half=True)
+    assert found(half)[0].cause == "float_range"
+    # without growth it is the operation that is to blame
+    (finding,) = found(replace(evidence([0.0] * 21), culprit=synthetic.culprit()))
+    assert (finding.pathology, finding.cause) == ("non_finite", "overflow")
+
+
+def test_a_gradient_out_of_range_is_explained_by_its_growth():
+    overflow = synthetic.culprit(phase="backward", reached="the gradient of ['w']")
+    (finding,) = found(replace(evidence([0.0] * 30), culprit=overflow))
+    assert (finding.pathology, finding.cause) == ("non_finite", "overflow")
+    findings_of = found(replace(evidence([3.0] * 30), culprit=overflow))
+    assert [finding.pathology for finding in findings_of] == ["exploding_gradients"]
 
 
 # Training

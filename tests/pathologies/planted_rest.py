@@ -328,9 +328,9 @@ def non_finite(cause: str, layer: int | None = None):
 WIDE = ("norm_overflow", "float_range", None, "severe")
 
 NUMBERS = (
-    planted("log_of_zero", "linen", "mlp", 4, _log_of_zero, non_finite("invalid_operation")),
-    planted("root_of_zero", "plain", "mlp", 4, _root_of_zero, non_finite("invalid_operation")),
-    planted("empty_mask", "linen", "mlp", 4, _empty_mask, non_finite("invalid_operation")),
+    planted("log_of_zero", "linen", "mlp", 4, _log_of_zero, non_finite("log_of_zero")),
+    planted("root_of_zero", "plain", "mlp", 4, _root_of_zero, non_finite("slope_at_zero")),
+    planted("empty_mask", "linen", "mlp", 4, _empty_mask, non_finite("empty_mean")),
     planted("nan_in_batch", "linen", "mlp", 5, _bad_batch, non_finite("bad_data"), value=np.nan),
     planted(
         "inf_in_batch",
@@ -366,7 +366,7 @@ NUMBERS = (
         "mlp",
         6,
         _scaled_loss,
-        non_finite("float_range"),
+        non_finite("loss_scale"),
         factor=2.0**26,
         dtype=jnp.float16,
     ),

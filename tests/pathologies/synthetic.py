@@ -10,6 +10,8 @@ import numpy as np
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.diagnosis.rules import Dynamics
 from gradjax.taps.interpret import Site
+from gradjax.replay.nonfinite import NonFinite
+from gradjax.replay.source import Line
 from gradjax.taps.statistics import Logits, Statistics
 from gradjax.taps.structure import Activation, Layer, Recurrence, Structure
 
@@ -54,7 +56,6 @@ def evidence(growth, width=128, activation=None, **layer) -> Evidence:
         tokens=np.full(depth, np.nan),
         units=np.ones(depth),
         values={name: value for name in names},
-        order=[(name, None) for name in names],
         cotangents={},
         activations=[],
         recurrences=[],
@@ -64,7 +65,7 @@ def evidence(growth, width=128, activation=None, **layer) -> Evidence:
         leaf_log_gradient=[],
         leaf_bad=[],
         arg_log_rms=[0.0],
-        arg_bad=[],
+        culprit=None,
         skipped={},
     )
 
@@ -131,7 +132,35 @@ def clipped(fraction: float, *of_leaves: float, declared: bool = True) -> Dynami
     return Dynamics(np.ones(21), telemetry, clipping=(rule,) if declared else ())
 
 
-_BAD = Statistics(*map(np.float32, (np.inf, 1.0, 1.0, 3.0, 0.0)))
+
+
+def culprit(**changes) -> NonFinite:
+    """An overflow of the forward pass in the fourth layer, with changes."""
+    line = Line("model.py", 7, 7, 8, 20, "loss_fn")
+    found = NonFinite(
+        phase="forward",
+        reached="the loss",
+        primitive="mul",
+        forward="mul",
+        reason="overflow",
+        words="the result of mul is larger than float32 can hold.",
+        remedies=("make the operands smaller",),
+        line=line,
+        callers=(line,),
+        module="hidden_4",
+        name="",
+        iterations=(),
+        entry=(0, 1),
+        value=np.inf,
+        shape=(8, 128),
+        dtype="float32",
+        operands=("1e+20", "1e+30"),
+        near="hidden_4",
+        example=0,
+    )
+    return replace(found, **changes)
+
+
 _LOW_RANK = np.linalg.qr(np.random.default_rng(0).standard_normal((128, 128)))[0]
 _LOW_RANK[:, 8:] *= 1e-6
 _SPIKE = np.where(np.arange(40) == 30, 9.0, 1.0 + 0.01 * np.sin(np.arange(40.0)))
@@ -144,29 +173,32 @@ PLANTED: dict[str, list[Callable[[], Evidence | Dynamics]]] = {
         lambda: _dynamics(largest_update=0.0, log_norms=np.zeros(2)),
     ],
     "non_finite": [
-        lambda: _still(values=_still().values | {"hidden_3": _BAD}),
-        lambda: _still(arg_bad=["[0]"]),
+        lambda: _still(culprit=culprit()),
+        lambda: _still(culprit=culprit(phase="data", name="x", primitive="", reason="bad_data")),
         lambda: _still(leaf_bad=[False, True], leaf_names=["w", "b"]),
         lambda: _still(loss=np.nan),
-        lambda: _still(log_cotangent=np.array([np.nan] + [0.0] * 9)),
-        lambda: _still(leaf_names=["w"], leaf_log_gradient=[np.array(np.inf)]),
+        lambda: _still(culprit=culprit(phase="backward", reason="slope_at_zero")),
+        lambda: _still(culprit=culprit(phase="backward")),
+        lambda: _dynamics(bad_update=(0, culprit(phase="optimizer", reason="zero_eps"))),
         lambda: _dynamics([1.0, np.inf, np.nan], half=True),
     ],
     "symmetric_units": [
         lambda: _with_weights(np.full((128, 128), 0.1), units=np.zeros(10)),
         lambda: _with_weights(np.zeros((128, 128)), log_activation=np.full(10, -np.inf)),
     ],
-    "residual_growth": [lambda: evidence([0.0] * 60, activation=0.3 * np.arange(61), skip=True)],
+    "residual_growth": [
+        lambda: evidence([0.0] * 60, activation=0.3 * np.arange(61), skip=True),
+        lambda: replace(
+            evidence([0.0] * 60, activation=0.3 * np.arange(61), skip=True), culprit=culprit()
+        ),
+    ],
     "batchnorm_explosion": [lambda: evidence([0.19] * 60, norm="batch")],
     "exploding_gradients": [lambda: evidence([0.3] * 99), lambda: _over_time(0.5)],
     "exploding_activations": [
         lambda: evidence([0.0] * 60, activation=0.2 * np.arange(61)),
-        lambda: _still(
-            values=_still().values
-            | {
-                "hidden_3": _still().values["hidden_3"]._replace(log_max=np.float32(80.0)),
-                "hidden_4": _BAD,
-            }
+        lambda: replace(
+            evidence([0.0] * 60, activation=np.append(0.2 * np.arange(60), np.inf)),
+            culprit=culprit(),
         ),
     ],
     "attention_logit_growth": [lambda: _with_activation("softmax", Logits(20.0, 16.0, 0.99))],

@@ -281,7 +281,7 @@ CASES = (
         depth=3,
         make=linen(MLP(3, dtype=jnp.float16), pairs(flat), loss=brightness),
         source="a squared error past 65,504 in float16",
-        **labelled("non_finite", "float_range"),
+        **labelled("non_finite", "overflow"),
     ),
     case(
         name="flax_mnist_rate_100",

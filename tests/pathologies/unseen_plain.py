@@ -196,28 +196,28 @@ CASES = (
         depth=2,
         make=plain(SIZES, log_of_softmax(0.002)),
         source="log(softmax(logits / 0.002)), as in many an issue about a NaN loss",
-        **labelled("non_finite", "invalid_operation"),
+        **labelled("non_finite", "log_of_zero"),
     ),
     case(
         name="plain_where_after_log",
         depth=2,
         make=plain(SIZES, masked_entropy),
         source="JAX documentation, FAQ: gradients contain NaN where using where",
-        **labelled("non_finite", "invalid_operation"),
+        **labelled("non_finite", "double_where"),
     ),
     case(
         name="plain_norm_of_zero",
         depth=2,
         make=plain(SIZES, triplet),
         source="github.com/jax-ml/jax/issues/3058: the derivative of the norm at 0",
-        **labelled("non_finite", "invalid_operation"),
+        **labelled("non_finite", "slope_at_zero"),
     ),
     case(
         name="plain_zero_deviation",
         depth=2,
         make=plain(SIZES, data=digits(flat=True), before=standardise),
         source="features divided by a standard deviation of 0, as in neural-lam's issue 136",
-        **labelled("non_finite", "invalid_operation"),
+        **labelled("non_finite", "zero_over_zero"),
     ),
     case(
         name="plain_nan_pixel",
@@ -234,7 +234,7 @@ CASES = (
         ),
         source="github.com/google-deepmind/optax/issues/1754: Adam's eps is 0 in float16, and so "
         "are some gradients",
-        **labelled("non_finite", "float_range"),
+        **labelled("non_finite", "zero_eps"),
     ),
     case(
         name="plain_loss_scale_2_74",

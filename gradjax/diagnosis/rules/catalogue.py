@@ -63,7 +63,7 @@ _OUT_OF_RANGE = (
     "On its way to {out_of_range_at} the activation " + _GROWTH + " There {operation} leaves the "
     "range of {dtype} ({line})."
 )
-_FORWARD = (_OUT_OF_RANGE, "On its way from {place}{to} the activation " + _GROWTH)
+_FORWARD = ("On its way from {place}{to} the activation " + _GROWTH,)
 _HANIN = "Hanin & Nica 2018, arXiv 1812.05994"
 
 PATHOLOGIES: tuple[Pathology, ...] = (
@@ -123,7 +123,7 @@ PATHOLOGIES: tuple[Pathology, ...] = (
         "layers",
         source="as the main rule",
         threshold=GROWTH_NATS,
-        words=_FORWARD,
+        words=(_OUT_OF_RANGE, *_FORWARD),
         remedies=("residual_scaled", "rezero", "layernorm"),
         rules=(growth.activation_growth,),
     ),
@@ -159,7 +159,7 @@ PATHOLOGIES: tuple[Pathology, ...] = (
         "in time or the loss that leaves the range of its dtype",
         source="as the main rule; 3.4e38, in float16 65,504",
         threshold=GROWTH_NATS,
-        words=_FORWARD,
+        words=(_OUT_OF_RANGE, *_FORWARD),
         remedies=("critical_init", "layernorm", "residual_scaled"),
         rules=(growth.activation_growth,),
         one_seed=True,

@@ -118,7 +118,10 @@ def _rising_loss(d: Dynamics, evidence: dict[str, Any]) -> list[Finding]:
         source = (
             "a loss that becomes inf or NaN in training with float16, whose smallest number is 6e-8"
         )
-        place = where("step", int(np.argmax(~np.isfinite(d.losses))), "loss")
+        step = int(np.argmax(~np.isfinite(d.losses)))
+        words = f"it leaves the range of float16 at step {step} of training on one batch"
+        evidence |= {"reached": "the loss", "words": words}
+        place = where("step", step, "loss")
         return [Finding("non_finite", place, "float_range", evidence, source=source)]
     doubled, tenfold = last > 2 * abs(first) + 1e-3, highest > 10 * abs(first) + 1e-3
     if not math.isfinite(first) or not (doubled or tenfold or not math.isfinite(highest)):
