@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradjax import diagnosis as diagnosis
     from gradjax import matrix_free as matrix_free
     from gradjax import monitor as monitor
+    from gradjax import replay as replay
     from gradjax import spectrum as spectrum
     from gradjax import taps as taps
     from gradjax import transforms as transforms
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gradjax.experiment.sweep import compare as compare
     from gradjax.experiment.sweep import sweep as sweep
     from gradjax.monitor.monitor import Monitor as Monitor
+    from gradjax.replay.difference import difference as difference
     from gradjax.replay.nonfinite import find_nonfinite as find_nonfinite
     from gradjax.spectrum.exponents import lyapunov_exponents as lyapunov_exponents
     from gradjax.spectrum.exponents import moments as moments
@@ -55,6 +57,7 @@ _HOME = {
     "compare": "experiment.sweep",
     "coordinate_check": "diagnosis.coordinate",
     "diagnose": "diagnosis.verdict",
+    "difference": "replay.difference",
     "find_cure": "cure.search",
     "find_nonfinite": "replay.nonfinite",
     "functional": "taps.names",
@@ -83,6 +86,7 @@ _MODULES = {
     "models": "experiment.models",
     "monitor": "monitor",
     "random_matrix": "theory.random_matrix",
+    "replay": "replay",
     "results": "report.files",
     "spectrum": "spectrum",
     "taps": "taps",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gradjax.cure.remedies import REMEDIES
 from gradjax.diagnosis.rules import PATHOLOGIES
+from gradjax.replay.reasons import REASONS
 
 DOCS = Path(__file__).parents[1] / "docs"
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -54,7 +55,31 @@ def remedies() -> str:
     return table(["remedy", "what it changes", "for", "cost per step", "reference"], rows)
 
 
-TABLES = {"pathologies": pathologies, "meanings": meanings, "remedies": remedies}
+def reasons() -> str:
+    """Why an operation gives inf or NaN, and the first remedy."""
+    names = {
+        "operation": "the operation",
+        "forward": "an operation",
+        "a": "x",
+        "b": "y",
+        "dtype": "the dtype",
+        "largest": "3.4e38 in float32, 65,504 in float16",
+        "how_far": "",
+        "loss_scale": "S",
+    }
+    rows = [
+        (f"`{name}`", words.format(**names), first.format(**names))
+        for name, (words, (first, *_)) in REASONS.items()
+    ]
+    return table(["reason", "what it means", "what to try first"], rows)
+
+
+TABLES = {
+    "pathologies": pathologies,
+    "meanings": meanings,
+    "remedies": remedies,
+    "reasons": reasons,
+}
 
 
 def rewritten(text: str) -> str:

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from gradjax.replay import source
 from gradjax.replay.tape import Step
-from gradjax.taps.jaxprs import at_place_of, insides, is_transposed
+from gradjax.taps.jaxprs import at_place_of, closed, insides, is_transposed
 from gradjax.taps.probe import Traced
 
 _RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -58,13 +58,12 @@ def _with_calls_named(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 
 def _inside_named(value: Any) -> Any:
     """A parameter of an equation, with the jaxprs in it treated likewise."""
-    if isinstance(value, tuple) and value and all(hasattr(each, "eqns") for each in value):
-        return tuple(_inside_named(each) for each in value)
-    if hasattr(value, "consts"):
-        return _with_calls_named(value)
-    if hasattr(value, "eqns"):
-        return _with_calls_named(ClosedJaxpr(value, ())).jaxpr
-    return value
+    if type(value) in (tuple, list):
+        return type(value)(_inside_named(each) for each in value)
+    if not hasattr(value, "eqns"):
+        return value
+    named = _with_calls_named(closed(value))
+    return named if hasattr(value, "consts") else named.jaxpr
 
 
 def _has_rule(eqn: Any) -> bool:

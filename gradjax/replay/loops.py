@@ -148,7 +148,7 @@ def _start(step: Step, position: int, iteration: int, kind: str) -> int:
     return min(int(good[-1]) + 1, iteration) if good.size else 0
 
 
-def _iteration(step: Step, iteration: int) -> list[Value | None]:
+def _iteration(step: Step, iteration: int) -> list[Any]:
     """The outputs of one iteration, evaluated one equation at a time."""
     key = ("iteration", iteration)
     if key in step.unfolded:
@@ -207,7 +207,6 @@ def _at_iteration(
     if position < len(loop_of(step).carry):
         iteration = _start(step, position, iteration, kind)
     made = _iteration(step, iteration)[position]
-    assert made is not None
     bad = made.where(kind)
     if not bad.any():
         # Evaluated one equation at a time, it came out finite.
@@ -217,9 +216,7 @@ def _at_iteration(
 
 def entry_is(bad: np.ndarray, entry: tuple[int, ...]) -> bool:
     """Whether an entry exists and is marked."""
-    within = len(entry) == bad.ndim and all(
-        i < n for i, n in zip(entry, bad.shape, strict=True)
-    )
+    within = len(entry) == bad.ndim and all(i < n for i, n in zip(entry, bad.shape, strict=True))
     return within and bool(bad[entry])
 
 

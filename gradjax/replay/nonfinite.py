@@ -22,10 +22,12 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from gradjax.replay import reasons, source
-from gradjax.replay.gradient import equations, forward_of, gradient_jaxpr
-from gradjax.replay.reasons import Facts, Reason
+from gradjax.replay.causes import Facts, sources
+from gradjax.replay.gradient import forward_of, gradient_jaxpr
+from gradjax.replay.reasons import Reason
 from gradjax.replay.source import Line
 from gradjax.replay.tape import Input, Value, inputs, record
+from gradjax.replay.twice import what_changes
 from gradjax.replay.walk import Culprit, entries, trace_back
 from gradjax.taps.names import parse
 from gradjax.taps.probe import Traced, trace
@@ -141,7 +143,7 @@ def find_nonfinite(
     ('backward', 'sqrt', 'slope_at_zero', (1,))
     """
     traced = trace(loss_fn, params, args, has_aux, "find_nonfinite", needs_names=False)
-    note = _what_changes(traced, loss_fn, params, args, has_aux)
+    note = what_changes(traced, loss_fn, params, args, has_aux)
     names = Names(traced, loss_fn, args)
     gradient = gradient_jaxpr(traced)
     culprit, outputs = search(traced, gradient, traced.leaves, names)
@@ -277,7 +279,7 @@ def _near(facts: Facts) -> str:
         named = None
         pairs = zip(facts.step.operands, facts.culprit.operand_index, strict=True)
         for operand, index in pairs:
-            path = reasons.sources(operand, index, steps=40)
+            path = sources(operand, index, steps=40)
             named = named or next((s for s, _, _ in path if s.name == "gradjax_name"), None)
     if named is None:
         return ""
@@ -335,7 +337,7 @@ def _shown(x: Any, value: Value) -> str:
 
 def _loss_scale(loss: Value | None) -> float | None:
     """The power of two, 128 or more, by which the loss is multiplied; None without one."""
-    for step, _, _ in reasons.sources(loss, ()) if loss is not None else ():
+    for step, _, _ in sources(loss, ()) if loss is not None else ():
         if step.name != "mul":
             continue
         for operand in step.operands:
@@ -393,51 +395,6 @@ def _given_to_optimizer(culprit: Culprit, reached: str, state: PyTree, start: in
     return replace(_given(culprit, reached, Named()), phase="optimizer")  # type: ignore[arg-type]
 
 
-# Two evaluations
-
-
-def _what_changes(traced: Traced, loss_fn: Any, params: Any, args: tuple, has_aux: bool) -> str:
-    """What differs between two traces of the loss: keys or numbers drawn outside of it."""
-    again = trace(loss_fn, params, args, has_aux, "find_nonfinite", needs_names=False)
-    for (eqn, _), (other, _) in zip(
-        equations(traced.jaxpr), equations(again.jaxpr), strict=False
-    ):
-        if eqn.primitive.name != other.primitive.name or not _same_literals(eqn, other):
-            places = source.lines([eqn])
-            place = f" at {places[0]}" if places else ""
-            return (
-                "The loss is not the same function when it is traced twice: "
-                f"{eqn.primitive.name}{place} differs. Pass keys and random numbers as arguments."
-            )
-    pairs = list(zip(traced.jaxpr.consts, again.jaxpr.consts, strict=False))
-    for a, b in pairs:
-        if np.shape(a) != np.shape(b) or not _equal(a, b):
-            return (
-                "The loss is not the same function when it is traced twice: an array of shape "
-                f"{np.shape(a)} that it holds differs. Pass keys and random numbers as arguments."
-            )
-    return ""
-
-
-def _same_literals(eqn: Any, other: Any) -> bool:
-    for a, b in zip(eqn.invars, other.invars, strict=False):
-        if hasattr(a, "val") != hasattr(b, "val"):
-            return False
-        if hasattr(a, "val") and not _equal(a.val, b.val):
-            return False
-    return True
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if jnp.issubdtype(jnp.asarray(a).dtype, jax.dtypes.prng_key):
-        a, b = jax.random.key_data(a), jax.random.key_data(b)
-    x, y = np.asarray(a), np.asarray(b)
-    has_nan = jnp.issubdtype(x.dtype, jnp.inexact)
-    return bool(np.array_equal(x, y, equal_nan=has_nan))
-
-
 def _nothing(gradient: Any, traced: Traced, loss: float, with_update: bool) -> str:
     """What is said where no operation was found."""
     compiled = jax.jit(jaxpr_as_fun(gradient))(*traced.leaves)
@@ -493,5 +450,3 @@ def _entry(found: NonFinite) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-

@@ -64,7 +64,7 @@ def _short(file: str) -> str:
     return file if relative.startswith("..") or file.startswith("<") else relative
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rank(file: str) -> int:
     """0 for a user's file, 1 for an installed package, 2 for a framework, 3 for JAX and our own."""
     if file.startswith("<frozen"):

@@ -40,6 +40,9 @@ class Context(NamedTuple):
     order: tuple[int, ...] = ()
 
 
+WHOLE = Context()
+
+
 class Input(NamedTuple):
     """Origin of a value that the whole program was given: operand number `index`."""
 
@@ -161,16 +164,18 @@ def inputs(operands: list) -> list[Value]:
 
 
 def record(
-    jaxpr: Any, operands: list[Value], context: Context = Context(), until_bad: bool = False
-) -> list[Value | None]:
+    jaxpr: Any, operands: list[Value], context: Context = WHOLE, until_bad: bool = False
+) -> list[Any]:
     """Evaluate a closed jaxpr.
 
     Args:
       jaxpr: closed.
       operands: its arguments.
       context: where it stands in the whole program.
-      until_bad: stop at the first output that is inf or NaN; outputs that were not reached are
-        None.
+      until_bad: stop at the first output that is inf or NaN.
+
+    Returns:
+      The outputs as values; None for those that were not reached.
     """
     open_jaxpr = jaxpr.jaxpr
     env: dict[Any, Value] = {}
@@ -182,7 +187,8 @@ def record(
 
     def read(atom):
         if isinstance(atom, Literal):
-            return Value(np.asarray(atom.val, atom.aval.dtype), Constant(captured=False))
+            dtype: Any = getattr(atom.aval, "dtype", None)
+            return Value(np.asarray(atom.val, dtype), Constant(captured=False))
         return env[atom]
 
     for i, eqn in enumerate(open_jaxpr.eqns):
@@ -214,24 +220,23 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
 
 
 def _forget(value: Value) -> None:
-    """Drop a large finite value; one that a bad step has read is no longer only ours."""
-    if not value.bad and value.size > SMALL and isinstance(value.origin, Step):
-        if not value.origin.unfolded.get(("read", value.position)):
-            value.data = None
+    """Drop a large finite value, unless a bad step has read it."""
+    if value.bad or value.size <= SMALL or not isinstance(value.origin, Step):
+        return
+    if not value.origin.unfolded.get(("read", value.position)):
+        value.data = None
 
 
-def evaluate(
-    eqn: Any, given: list[Value], context: Context, order: tuple[int, ...]
-) -> list[Value]:
+def evaluate(eqn: Any, given: list[Value], context: Context, order: tuple[int, ...]) -> list[Value]:
     """The outputs of one equation; calls and the branch of a `cond` are entered."""
     name = eqn.primitive.name
     within = Context((*context.calls, eqn), context.iterations, order)
     if name in INLINE | REMAT | _CUSTOM and inner(eqn) is not None:
-        return record(inner(eqn), given, within)  # type: ignore[return-value]
+        return record(inner(eqn), given, within)
     if name == "cond":
         branches = eqn.params["branches"]
         number = int(np.clip(np.asarray(given[0].data).astype(int), 0, len(branches) - 1))
-        return record(closed(branches[number]), given[1:], within)  # type: ignore[return-value]
+        return record(closed(branches[number]), given[1:], within)
     step = Step(eqn, given, context, order)
     arrays = [value.data for value in given]
     if name in _WHOLE:

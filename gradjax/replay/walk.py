@@ -121,8 +121,7 @@ _MOST_OTHERS = 4
 
 
 def _infinite_terms(step: Step, indices: Sequence[Index | None]) -> list[Culprit]:
-    """What made the infinite terms of a sum that is NaN because of other terms: it may come first.
-    """
+    """What made the infinite terms of a sum whose other terms are NaN: it may come first."""
     source = _source(step, indices, "inf")
     if source is None:
         return []
@@ -207,7 +206,7 @@ def depends_on(step: Step, position: int, entry: Entry) -> list[Index | None]:
     if step.name == "dot_general":
         return _rows_and_columns(eqn.params["dimension_numbers"], operands, entry)
     if "axes" in eqn.params and step.name.startswith("reduce_"):
-        index = list(entry)
+        index: list[Any] = list(entry)
         for axis in sorted(eqn.params["axes"]):
             index.insert(axis, slice(None))
         return [tuple(index)]

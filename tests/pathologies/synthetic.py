@@ -9,9 +9,9 @@ import numpy as np
 
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.diagnosis.rules import Dynamics
-from gradjax.taps.interpret import Site
 from gradjax.replay.nonfinite import NonFinite
 from gradjax.replay.source import Line
+from gradjax.taps.interpret import Site
 from gradjax.taps.statistics import Logits, Statistics
 from gradjax.taps.structure import Activation, Layer, Recurrence, Structure
 
@@ -130,8 +130,6 @@ def clipped(fraction: float, *of_leaves: float, declared: bool = True) -> Dynami
         telemetry |= {f"{rule}/clip_fraction": np.float32(fraction)}
         telemetry |= {f"{rule}/log2_norm": np.float32(1.0)}
     return Dynamics(np.ones(21), telemetry, clipping=(rule,) if declared else ())
-
-
 
 
 def culprit(**changes) -> NonFinite:
