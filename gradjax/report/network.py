@@ -96,8 +96,10 @@ def _product(ax: Axes, ds: xr.Dataset) -> None:
     if "theory_log_product_rms" in ds:
         names = ("log_product_rms", "theory_log_product_rms", "theory_sd_log_product_rms")
         rms, mean, sd = (float(np.median(ds[name])) / LOG10 for name in names)
-        label = rf"theory $10^{{{mean:.1f}\pm{sd:.1f}}}$" + "\n" + rf"of rms $10^{{{rms:.1f}}}$"
-        theory_band(ax, index, ds, "log_product_rms", label)
+        # Where the forward pass overflows, theory has no number either.
+        if np.isfinite((rms, mean, sd)).all():
+            label = rf"theory $10^{{{mean:.1f}\pm{sd:.1f}}}$" + "\n" + rf"of rms $10^{{{rms:.1f}}}$"
+            theory_band(ax, index, ds, "log_product_rms", label)
     finite = values[np.isfinite(values)] / LOG10
     for limit, name in zip(FLOAT32, ("smallest", "largest"), strict=True):
         if finite.size and finite.min() < limit < finite.max():
@@ -105,5 +107,6 @@ def _product(ax: Axes, ds: xr.Dataset) -> None:
     ax.axhline(0, color=GREY, lw=1, ls=":")
     title = rf"Layer product $J = J_{{{depth}}}\cdots J_2$"
     log_axis(ax, title, "index $i$", r"singular value $\sigma_i$")
-    ax.legend(loc="best")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="best")
     return None
