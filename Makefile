@@ -87,7 +87,7 @@ test: setup  ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: setup  ## the slow tests
-	$(BIN)/python -m pytest -m slow -n 2
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-oldest: $(OLDEST_STAMP)  ## the fast tests with the oldest versions that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile

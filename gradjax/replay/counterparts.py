@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradjax.replay import rounding
-from gradjax.replay.listing import COTANGENT, VALUE, Equation, Listing, Node, Origin
+from gradjax.replay.listing import Equation, Listing, Node, Origin
 from gradjax.replay.pairing import arranged, entries_key, merged_arrangements
+from gradjax.replay.sites import COTANGENT, VALUE
 from gradjax.taps.probe import Traced
 
 Index = tuple[int, ...]
@@ -63,22 +64,24 @@ class Side:
         self._allowed: dict[tuple[Node, Index], np.ndarray] = {}
 
     def _constants(self) -> Iterator[Node]:
-        for equation in self.listing.all():
-            yield from (node for node in equation.operands if node.constant is not None)
+        outputs = [self.listing.loss, *self.listing.grads]
+        for nodes in (outputs, *(each.operands for each in self.listing.all())):
+            yield from (node for node in nodes if node.constant is not None)
 
     def measure(self, other: "Side") -> None:
         """Measure how far rounding moves what the other program does not have bit for bit."""
         known = set(other.keys.values())
         noisy = []
         for equation in self.listing.all():
-            if rounding.rounds(equation, self.data):
-                if any(self.keys[node] not in known for node in equation.outputs):
-                    noisy.append(equation)
+            is_new = any(self.keys[node] not in known for node in equation.outputs)
+            if is_new and rounding.rounds(equation, self.data):
+                noisy.append(equation)
         inputs = []
         for node in self.listing.inputs:
             if rounding.is_inexact(self.data[node]) and self.keys[node] not in known:
                 inputs.append(node)
         self.movement = rounding.movements(self.listing, self.data, noisy, inputs)
+        self._allowed.clear()
 
     def inexact(self, node: Node) -> bool:
         """Whether a node holds floating or complex numbers."""

@@ -4,66 +4,28 @@
 
 Both losses are traced and evaluated with every value in between (`gradjax.replay.listing`). Named
 values, their cotangents and the parameters' gradients are compared; what rounding explains is
-measured by evaluating both again with errors of its size (`gradjax.replay.rounding`). From the first
-value that differs, the walk back to what both programs have (`gradjax.replay.counterparts`) ends at
-the equation. Cost: one compilation for each distinct operation, and the memory of all values; about
-five evaluations, one where the programs are equal bit for bit.
+measured by evaluating both again with errors of its size (`gradjax.replay.rounding`). From the
+first value that differs, the walk back to what both programs have (`gradjax.replay.counterparts`)
+ends at the equation. Cost: one compilation for each distinct operation, and the memory of all
+values; five evaluations, one where the programs are equal bit for bit.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from gradjax.replay import rounding, source
-from gradjax.replay.blame import Blame, blame, shown_pair
-from gradjax.replay.counterparts import Search, Side, all_before
-from gradjax.replay.listing import COTANGENT, VALUE, Node
-from gradjax.replay.pairing import (
-    arranged,
-    arrangements,
-    check_mapping,
-    pair_leaves,
-    pair_names,
-)
-from gradjax.replay.rounding import Comparison
+from gradjax.replay import source
+from gradjax.replay.blame import blame, blame_dtype, dtype_differs
+from gradjax.replay.compared import Compared, Pairs, Row
+from gradjax.replay.counterparts import Side
 from gradjax.replay.source import Line
 from gradjax.taps.probe import Traced, trace
 
 PyTree = Any
-
-
-@dataclass(frozen=True)
-class Row:
-    """One value, cotangent or gradient of both programs.
-
-    Attributes:
-      name_a, name_b: in each program; a key path for a gradient.
-      ulps: largest distance of two entries, in ulps of the wider dtype at the largest magnitude;
-        inf if they are not finite in different places.
-      elementwise: the same, each in the ulps of its own entry.
-      limit: what rounding explains, of `ulps`.
-      ratio: rms in a over rms in b.
-      differs: whether an entry differs beyond rounding.
-      equal: whether they are equal bit for bit, NaN to NaN.
-      dtypes: of a and of b.
-    """
-
-    name_a: str
-    name_b: str
-    ulps: float
-    elementwise: float
-    limit: float
-    ratio: float
-    differs: bool
-    equal: bool
-    dtypes: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -174,7 +136,7 @@ def difference(
         loss_b, params_b, args if args_b is None else args_b, has_aux, "difference", False
     )
     a, b = _side("a", traced_a), _side("b", traced_b)
-    pairs = _Pairs(a, b, names or {}, leaves or {})
+    pairs = Pairs(a, b, names or {}, leaves or {})
     found = [*pairs.values(), *pairs.loss(), *pairs.cotangents(), *pairs.gradients()]
     if any(not each.row.equal for each in found):
         a.measure(b)
@@ -197,3 +159,127 @@ def _side(name: str, traced: Traced) -> Side:
     leaves = [jax.tree_util.keystr(path) or "params" for path, _ in paths]
     count = len(traced.leaves) - traced.num_params
     return Side(name, traced, [*leaves, *(f"argument {i}" for i in range(count))])
+
+
+def _first(a: Side, b: Side, found: list[Compared]) -> FirstDifference | None:
+    differing = next((each for each in found if each.row.differs), None)
+    unequal = [each for each in found if not each.row.equal]
+    dtype = next((each for each in unequal if dtype_differs(a, b, each)), None)
+    if differing is None and dtype is None:
+        return None
+    item = differing or dtype
+    assert item is not None
+    if differing is not None:
+        where = blame(a, b, item)
+        words = where.words
+        if dtype is not None:
+            words += f" {blame_dtype(a, b, dtype).words} The difference is beyond that."
+    else:
+        where = blame_dtype(a, b, item)
+        words = f"{where.words} Rounding explains how far the values differ."
+    return FirstDifference(
+        kind="dtype" if differing is None else item.kind,
+        name_a=item.row.name_a,
+        name_b=item.row.name_b,
+        line_a=where.line_a,
+        line_b=where.line_b,
+        primitive_a=where.primitive_a,
+        primitive_b=where.primitive_b,
+        ulps=item.row.ulps,
+        ratio=item.row.ratio,
+        words=words,
+    )
+
+
+# Text output
+
+# Rows of a table: the first and the last ones of a long list.
+_HEAD, _TAIL = 9, 8
+_MOST_NAMES = 6
+
+
+def _text(found: Difference) -> Iterator[str]:
+    first = found.first
+    if first is None:
+        yield _agreement(found)
+    else:
+        yield _headline(first)
+        yield first.words
+        yield from _place("a", first.primitive_a, first.line_a)
+        yield from _place("b", first.primitive_b, first.line_b)
+    yield f"loss: a {found.losses[0]:.9g}, b {found.losses[1]:.9g}"
+    yield from _table("value", found.rows)
+    yield from _table("cotangent", found.cotangents)
+    yield from _table("gradient", found.gradients)
+    for side, names in (("a", found.unmatched_a), ("b", found.unmatched_b)):
+        if names:
+            rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            yield f"not compared, in {side}: {', '.join(names[:_MOST_NAMES])}{rest}"
+    if found.note:
+        yield found.note
+
+
+def _agreement(found: Difference) -> str:
+    rows = [*found.rows, *found.cotangents, *found.gradients]
+    what = (
+        f"{len(found.rows)} named values, {len(found.cotangents)} cotangents, "
+        f"{len(found.gradients)} gradients"
+    )
+    if all(row.equal for row in rows) and found.losses[0] == found.losses[1]:
+        return f"The programs agree: the loss and {what} are equal bit for bit."
+    most = max((row.ulps for row in rows), default=0.0)
+    return f"The programs agree: {what} are equal within rounding, at most {most:.3g} ulp apart."
+
+
+def _headline(first: FirstDifference) -> str:
+    name = first.name_a
+    if first.name_b != first.name_a:
+        name += f" (in b {first.name_b})"
+    if first.kind == "dtype":
+        return f"The programs compute in different dtypes, first at {name}."
+    what = "the loss" if first.kind == "loss" else f"the {_KINDS[first.kind]} {name}"
+    if first.ulps == float("inf"):
+        return f"The programs differ, first in {what}: inf or NaN, or a size, that one only has."
+    return (
+        f"The programs differ, first in {what}: by {first.ulps:.3g} ulp; "
+        f"rms of a over that of b {first.ratio:.6g}."
+    )
+
+
+_KINDS = {"value": "value", "cotangent": "cotangent of", "gradient": "gradient of"}
+
+
+def _place(side: str, primitive: str, line: Line | None) -> Iterator[str]:
+    if line is None:
+        if primitive:
+            yield f"  {side}: {primitive}"
+        return
+    yield f"  {side}: {primitive} at {line}, in {line.function}"
+    if text := source.marked(line):
+        yield text
+
+
+def _table(kind: str, rows: tuple[Row, ...]) -> Iterator[str]:
+    if not rows:
+        return
+    lines = [(kind, "in b", "ulp", "limit", "a / b", "")]
+    for row in rows:
+        other = "" if row.name_b == row.name_a else row.name_b
+        verdict = "differs" if row.differs else ""
+        numbers = f"{row.ulps:.3g}", f"{row.limit:.3g}", f"{row.ratio:.6g}"
+        lines.append((row.name_a, other, *numbers, verdict))
+    hidden = len(rows) - _HEAD - _TAIL
+    if hidden > 1:
+        lines = lines[: 1 + _HEAD] + lines[-_TAIL:]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for i, (name, other, ulps, limit, ratio, verdict) in enumerate(lines):
+        if hidden > 1 and i == 1 + _HEAD:
+            yield f"... and {hidden} more"
+        left = (
+            f"{name:<{widths[0]}}  {other:<{widths[1]}}" if widths[1] > 4 else name.ljust(widths[0])
+        )
+        right = f"{ulps:>{widths[2]}}  {limit:>{widths[3]}}  {ratio:>{widths[4]}}  {verdict}"
+        yield f"{left}  {right}".rstrip()
+
+
+__all__ = ["Difference", "FirstDifference", "Row", "difference"]

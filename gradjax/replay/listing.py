@@ -1,13 +1,11 @@
 """Every value of a program: a loss with its gradient, evaluated with all that lies in between.
 
-    listing = listed(traced)       equations in the order of evaluation, calls entered
+    listing = Listing(traced)      equations in the order of evaluation, calls entered
     data = listing.evaluate()      node -> its array
 
 A value inside a scan has one row for each iteration; a `cond` has the branch that is taken. A
-`while` loop and a program over several devices are evaluated whole. The named values and their
-cotangents are found by name: in the loss, each name becomes a primitive whose transpose leaves
-the name on the cotangent. Cost: one compilation per distinct operation, and the memory of
-everything that is computed.
+`while` loop and a program over several devices are evaluated whole. Cost: one compilation per
+distinct operation, and the memory of everything that is computed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jax.extend import core
-from jax.interpreters import ad, mlir
 
-from gradjax.replay.gradient import gradient_jaxpr
+from gradjax.replay.sites import gradient_with_sites
 from gradjax.taps.interpret import Site
 from gradjax.taps.jaxprs import (
     INLINE,
     REMAT,
     Literal,
-    Path,
     bind,
     closed,
     inner,
@@ -37,67 +32,6 @@ from gradjax.taps.probe import Traced
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 # Their implementation outside of jit is slow, or does not exist.
 _WHOLE = {"while", "shard_map", "xla_pmap", "pallas_call", "custom_linear_solve"}
-VALUE, COTANGENT = "gradjax_value", "gradjax_cotangent"
-
-
-# Names on values and on cotangents
-
-
-def _identity(name: str) -> core.Primitive:
-    primitive = core.Primitive(name)
-    primitive.def_impl(lambda x, *, site: x)
-    primitive.def_abstract_eval(lambda x, *, site: x)
-    mlir.register_lowering(primitive, lambda ctx, x, *, site: [x])
-    return primitive
-
-
-_value, _tangent, _cotangent = map(_identity, (VALUE, "gradjax_tangent", COTANGENT))
-
-
-def _jvp(primals: tuple, tangents: tuple, *, site: str) -> tuple:
-    return _value.bind(*primals, site=site), _tangent.bind(*tangents, site=site)
-
-
-def _transpose(cotangent: Any, _: Any, *, site: str) -> list:
-    if isinstance(cotangent, ad.Zero):
-        return [cotangent]
-    return [_cotangent.bind(cotangent, site=site)]
-
-
-ad.primitive_jvps[_value] = _jvp
-ad.primitive_transposes[_tangent] = _transpose
-
-
-def _with_sites(jaxpr: Any, names: dict[Path, str], path: Path = ()) -> Any:
-    """A closed jaxpr whose named equations are `gradjax_value`, with names that are unique.
-
-    Args:
-      jaxpr: closed.
-      names: path of a named equation -> its unique name.
-      path: where this jaxpr stands in the whole one.
-    """
-    eqns = []
-    for i, eqn in enumerate(jaxpr.jaxpr.eqns):
-        here = (*path, i)
-        if here in names:
-            eqn = eqn.replace(primitive=_value, params={"site": names[here]})
-        elif any(site[: len(here)] == here for site in names):
-            eqn = _with_sites_inside(eqn, names, here)
-        eqns.append(eqn)
-    return core.ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns), jaxpr.consts)
-
-
-def _with_sites_inside(eqn: Any, names: dict[Path, str], here: Path) -> Any:
-    params = dict(eqn.params)
-    if eqn.primitive.name == "cond":
-        branches = enumerate(params["branches"])
-        params["branches"] = tuple(_with_sites(closed(b), names, (*here, k)) for k, b in branches)
-        return eqn.replace(params=params)
-    for key, value in eqn.params.items():
-        if hasattr(value, "eqns"):
-            marked = _with_sites(closed(value), names, here)
-            params[key] = marked if hasattr(value, "consts") else marked.jaxpr
-    return eqn.replace(params=params)
 
 
 # The graph of a program's values
@@ -166,7 +100,7 @@ class Equation:
     given: list[list[Node]] = field(default_factory=list)
     ends: list[list[Node]] = field(default_factory=list)
     taken: int = -1
-    compiled: dict[str, Any] = field(default_factory=dict)
+    compiled: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -212,7 +146,8 @@ def _build(
 
     def read(atom):
         if isinstance(atom, Literal):
-            return Node(Origin("literal"), 0, np.asarray(atom.val, atom.aval.dtype))
+            dtype = getattr(atom.aval, "dtype", None)
+            return Node(Origin("literal"), 0, np.asarray(atom.val, dtype))
         return env[atom]
 
     for i, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -228,9 +163,7 @@ def _build(
     return found, [read(atom) for atom in jaxpr.jaxpr.outvars]
 
 
-def _equation(
-    eqn: Any, operands: list[Node], calls: tuple, order: Order, depth: int
-) -> Equation:
+def _equation(eqn: Any, operands: list[Node], calls: tuple, order: Order, depth: int) -> Equation:
     equation = Equation(eqn, calls, operands, order=order)
     if eqn.primitive.name == "scan":
         _build_scan(equation, depth)
@@ -386,13 +319,13 @@ class Listing:
       loss: the node of the loss.
       grads: the nodes of the parameters' gradients.
       sites: name -> its site, in the order of evaluation.
+      varying: names of the values that depend on the parameters.
     """
 
     def __init__(self, traced: Traced):
         self.sites: dict[str, Site] = {site.name: site for site in traced.sites}
-        names = {site.path: site.name for site in traced.sites}
         self.traced = traced
-        gradient = gradient_jaxpr(traced._replace(jaxpr=_with_sites(traced.jaxpr, names)))
+        gradient, self.varying = gradient_with_sites(traced)
         self.inputs = [Node(Origin("input", index=i)) for i in range(len(traced.leaves))]
         self.equations, (self.loss, *self.grads) = _build(gradient, self.inputs, (), (), 0)
 
@@ -415,7 +348,7 @@ class Listing:
         return list(_all(self.equations))
 
     def named(self, primitive: str) -> dict[str, Node]:
-        """Name -> node, of the values or the cotangents (`VALUE`, `COTANGENT`)."""
+        """Name -> node, of the values or the cotangents (`gradjax.replay.sites`)."""
         found: dict[str, Node] = {}
         for equation in self.all():
             if equation.name == primitive:
@@ -425,8 +358,6 @@ class Listing:
 
 
 __all__ = [
-    "COTANGENT",
-    "VALUE",
     "Data",
     "Equation",
     "Listing",

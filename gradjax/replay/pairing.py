@@ -10,6 +10,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,7 @@ def pair_names(
       mapping: name in a -> name in b.
     """
     known = _known_pairs(list(shapes_a), list(shapes_b), mapping)
+    known = [(a, b) for a, b in known if a in shapes_a and b in shapes_b]
     order_a = {name: i for i, name in enumerate(shapes_a)}
     if 2 * len(known) < min(len(shapes_a), len(shapes_b)):
         known += _by_order(shapes_a, shapes_b, known)
@@ -93,18 +95,19 @@ def _by_order(
     for (start_a, start_b), (end_a, end_b) in itertools.pairwise(ends):
         own_a = [name for name in names_a[start_a + 1 : end_a] if name not in used_a]
         own_b = [name for name in names_b[start_b + 1 : end_b] if name not in used_b]
-        pairs += _same_counts(own_a, own_b, lambda n: shapes_a[n], lambda n: shapes_b[n])
+        pairs += _same_counts(own_a, own_b, shapes_a, shapes_b)
     return pairs
 
 
 def _same_counts(
     names_a: Sequence[str],
     names_b: Sequence[str],
-    shape_a: Callable[[str], Shape],
-    shape_b: Callable[[str], Shape],
+    shapes_a: Mapping[str, Shape],
+    shapes_b: Mapping[str, Shape],
 ) -> list[Pair]:
     """Pairs, in order, of the names of each shape of which both have as many."""
-    groups_a, groups_b = _groups(names_a, shape_a), _groups(names_b, shape_b)
+    groups_a = _grouped(names_a, lambda name: _long_axes(shapes_a[name]))
+    groups_b = _grouped(names_b, lambda name: _long_axes(shapes_b[name]))
     pairs = []
     for shape, group in groups_a.items():
         other = groups_b.get(shape, [])
@@ -113,70 +116,89 @@ def _same_counts(
     return pairs
 
 
-def _groups(names: Sequence[str], shape_of: Callable[[str], Shape]) -> dict[Shape, list[str]]:
-    groups: dict[Shape, list[str]] = {}
-    for name in names:
-        shape = tuple(sorted(n for n in shape_of(name) if n != 1))
-        groups.setdefault(shape, []).append(name)
-    return groups
-
-
 # Parameters
 
 
+Leaves = Mapping[str, np.ndarray]
+
+
 def pair_leaves(
-    leaves_a: Mapping[str, np.ndarray],
-    leaves_b: Mapping[str, np.ndarray],
-    mapping: Mapping[str, str],
+    leaves: tuple[Leaves, Leaves], grads: tuple[Leaves, Leaves], mapping: Mapping[str, str]
 ) -> list[Pair]:
     """Pairs of key paths, in the order of a.
 
+    Several parameters that are equal, such as biases of zeros, or have one shape are paired such
+    that their gradients are nearest.
+
     Args:
-      leaves_a, leaves_b: key path -> parameter.
+      leaves: of a and of b, key path -> parameter.
+      grads: likewise, key path -> gradient.
       mapping: key path in a -> key path in b.
     """
     pairs = dict(mapping)
-    rest_a = [path for path in leaves_a if path not in pairs]
-    rest_b = [path for path in leaves_b if path not in set(pairs.values())]
-    for path in list(rest_a):
-        if path in rest_b:
-            _take(pairs, rest_a, rest_b, (path, path))
-    for pair in _by_value(rest_a, rest_b, leaves_a, leaves_b):
-        _take(pairs, rest_a, rest_b, pair)
-    pairs |= _same_counts(
-        rest_a, rest_b, lambda path: leaves_a[path].shape, lambda path: leaves_b[path].shape
-    )
-    return [(path, pairs[path]) for path in leaves_a if path in pairs]
+    for key in (None, entries_key, _shape_key):
+        taken = set(pairs.values())
+        rest_a = [path for path in leaves[0] if path not in pairs]
+        rest_b = [path for path in leaves[1] if path not in taken]
+        if key is None:
+            pairs |= {path: path for path in rest_a if path in rest_b}
+        else:
+            pairs |= _of_equal_groups(rest_a, rest_b, leaves, grads, key)
+    return [(path, pairs[path]) for path in leaves[0] if path in pairs]
 
 
-def _take(pairs: dict[str, str], rest_a: list[str], rest_b: list[str], pair: Pair) -> None:
-    pairs[pair[0]] = pair[1]
-    rest_a.remove(pair[0])
-    rest_b.remove(pair[1])
-
-
-def _by_value(
+def _of_equal_groups(
     rest_a: list[str],
     rest_b: list[str],
-    leaves_a: Mapping[str, np.ndarray],
-    leaves_b: Mapping[str, np.ndarray],
+    leaves: tuple[Leaves, Leaves],
+    grads: tuple[Leaves, Leaves],
+    key: Callable[[np.ndarray], Any],
 ) -> list[Pair]:
-    """Pairs of parameters with the same entries, where only one pair has them."""
-    groups_a = _equal_entries(rest_a, leaves_a)
-    groups_b = _equal_entries(rest_b, leaves_b)
-    pairs = []
-    for key, group in groups_a.items():
-        other = groups_b.get(key, [])
+    """Pairs of the parameters with one key, where both programs have as many of them."""
+    groups_a = _grouped(rest_a, lambda path: key(leaves[0][path]))
+    groups_b = _grouped(rest_b, lambda path: key(leaves[1][path]))
+    pairs: list[Pair] = []
+    for each, group in groups_a.items():
+        other = groups_b.get(each, [])
         if len(group) == len(other):
-            pairs += zip(group, other, strict=True)
+            pairs += _nearest(group, other, grads)
     return pairs
 
 
-def _equal_entries(paths: list[str], leaves: Mapping[str, np.ndarray]) -> dict[bytes, list[str]]:
-    groups: dict[bytes, list[str]] = {}
-    for path in paths:
-        groups.setdefault(entries_key(leaves[path]), []).append(path)
+def _nearest(group_a: list[str], group_b: list[str], grads: tuple[Leaves, Leaves]) -> list[Pair]:
+    """Pairs of nearest gradients, the nearest pair first; in order where they are as near."""
+    distances = []
+    for i, a in enumerate(group_a):
+        for j, b in enumerate(group_b):
+            distances.append((_distance(grads[0][a], grads[1][b]), abs(i - j), a, b))
+    pairs: dict[str, str] = {}
+    for _, _, a, b in sorted(distances, key=lambda each: each[:2]):
+        if a not in pairs and b not in pairs.values():
+            pairs[a] = b
+    return list(pairs.items())
+
+
+def _distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Relative distance of the sorted entries of two arrays."""
+    x, y = np.sort(np.nan_to_num(x.reshape(-1))), np.sort(np.nan_to_num(y.reshape(-1)))
+    size = max(np.max(np.abs(x), initial=0.0), np.max(np.abs(y), initial=0.0))
+    return float(np.max(np.abs(x / size - y / size), initial=0.0)) if size > 0 else 0.0
+
+
+def _grouped(names: Sequence[str], key: Callable[[str], Any]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
     return groups
+
+
+def _shape_key(x: np.ndarray) -> Shape:
+    return _long_axes(x.shape)
+
+
+def _long_axes(shape: Shape) -> Shape:
+    """The lengths of the axes, whatever their order, without those of length 1."""
+    return tuple(sorted(n for n in shape if n != 1))
 
 
 def entries_key(x: np.ndarray) -> bytes:
@@ -214,7 +236,9 @@ def merged_arrangements(shape: Shape, other: Shape) -> list[tuple[int, ...]]:
     if not found or same_rank or len(long) > _MOST_AXES:
         return found
     rest = tuple(axis for axis in range(len(other)) if axis not in long)
-    return found + [(*order, *rest) for order in itertools.permutations(long) if order != tuple(long)]
+    return found + [
+        (*order, *rest) for order in itertools.permutations(long) if order != tuple(long)
+    ]
 
 
 def arranged(x: np.ndarray, order: tuple[int, ...], shape: Shape) -> np.ndarray:

@@ -21,7 +21,7 @@ from gradjax.report import files
 pytestmark = pytest.mark.slow
 
 # Each costs a start of the command, some twelve seconds.
-KILLS = 10
+KILLS = 5
 
 CONFIG = """
 name = "resume"
@@ -83,7 +83,7 @@ def wait_for_work(process: subprocess.Popen, output: Path) -> None:
         time.sleep(0.01)
 
 
-def test_ten_kills_and_the_same_bits(place, undisturbed, capsys):
+def test_five_kills_and_the_same_bits(place, undisturbed, capsys):
     kills, runs, chance = 0, 0, random.Random(0)
     while kills < KILLS:
         output, runs, ended = place / f"killed-{runs}", runs + 1, False

@@ -20,8 +20,9 @@ class Pair(NamedTuple):
     program b. An operation that only one of them has is marked once. A line that both programs
     share has both marks.
 
-    The first value is the first in the order of evaluation of program a; of cotangents, the first
-    in the order of the backward pass, which is the named value nearest to the loss.
+    The first value is the first in the order of evaluation of program a, in which a scan completes
+    one iteration before the next; of cotangents, the first in the order of the backward pass, which
+    is the named value nearest to the loss.
     """
 
     name: str
@@ -30,13 +31,14 @@ class Pair(NamedTuple):
     kind: str = ""  # "value", "cotangent", "gradient", "dtype", "loss"; "" for equal pairs
     bit_equal: bool = False  # of equal pairs: all named values, cotangents and gradients
     leaf: str = ""  # of kind "gradient": a piece of the key path of the parameter
+    iteration: int | None = None  # of a value inside a scan: the row that differs first
 
 
-def planted(pairs: list[Pair], value: str, kind: str = "value", leaf: str = ""):
+def planted(pairs: list[Pair], value: str, kind: str = "value", **fields):
     """Decorator that appends the pair made by a function, and named like it, to `pairs`."""
 
     def register(make):
-        pairs.append(Pair(make.__name__, make, value, kind, leaf=leaf))
+        pairs.append(Pair(make.__name__, make, value, kind, **fields))
         return make
 
     return register
