@@ -61,7 +61,6 @@ def reasons() -> str:
         "operation": "the operation",
         "forward": "an operation",
         "a": "x",
-        "b": "y",
         "dtype": "the dtype",
         "largest": "3.4e38 in float32, 65,504 in float16",
         "how_far": "",

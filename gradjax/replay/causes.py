@@ -39,7 +39,7 @@ class Facts(NamedTuple):
 _BORDERS = {"pallas_call", "ffi_call", "custom_call", "custom_partitioning", "shard_map"}
 _EDGES = {"acos", "asin", "atanh", "acosh", "erf_inv", "asinh"}
 _SPECTRA = {"eigh", "svd", "eig", "householder_product", "schur"}
-_ROOTS = {"sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "abs"}
+_ROOTS = {"sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "abs", "atan2"}
 _FACTORS = {"lu", "triangular_solve", "custom_linear_solve", "lu_pivots_to_permutation", "qr"}
 
 
@@ -134,6 +134,8 @@ def _of_domain(facts: Facts) -> str | None:
         return "kernel"
     if name in _EDGES:
         return "edge_of_range"
+    if name == "log" and facts.forward == "pow" and a is not None and a < 0:
+        return "power_of_negative"
     if name in ("log", "log1p", "log2") and a is not None:
         shifted = a + 1 if name == "log1p" else a
         if shifted == 0:

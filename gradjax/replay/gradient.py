@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from gradjax.replay import source
 from gradjax.replay.tape import Step
-from gradjax.taps.jaxprs import at_place_of, closed, insides, is_transposed
+from gradjax.taps.jaxprs import at_place_of, closed, insides, is_transposed, is_whole
 from gradjax.taps.probe import Traced
 
 _RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -60,7 +60,7 @@ def _inside_named(value: Any) -> Any:
     """A parameter of an equation, with the jaxprs in it treated likewise."""
     if type(value) in (tuple, list):
         return type(value)(_inside_named(each) for each in value)
-    if not hasattr(value, "eqns"):
+    if not is_whole(value):
         return value
     named = _with_calls_named(closed(value))
     return named if hasattr(value, "consts") else named.jaxpr

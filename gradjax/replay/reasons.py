@@ -25,8 +25,8 @@ class Reason:
     remedies: tuple[str, ...]
 
 
-# reason -> (words, remedies). The words may use: operation, a, b (values of the operands), value,
-# dtype, largest (of the dtype), how_far, forward.
+# reason -> (words, remedies). The words may use: operation, forward, a (the value of the first
+# operand), dtype, largest (of the dtype), how_far, loss_scale.
 REASONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "zero_over_zero": (
         "0 is divided by 0.",
@@ -66,7 +66,7 @@ REASONS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "power_of_negative": (
-        "a negative number, {a}, is raised to the power {b}, which is not an integer.",
+        "a negative number, {a}, is raised to a power that is not an integer.",
         ("take the power of jnp.abs(x), or of a value that is positive by construction",),
     ),
     "slope_at_zero": (
@@ -210,12 +210,13 @@ def explain(facts: Facts) -> Reason:
         "operation": facts.primitive,
         "forward": facts.forward,
         "a": _number(scalar(facts, 0)),
-        "b": _number(scalar(facts, 1) if len(facts.operands) > 1 else None),
         "dtype": dtype.name,
         "largest": f"{float(jnp.finfo(dtype).max):.3g}",
         "how_far": _how_far(facts),
         "loss_scale": f"{facts.loss_scale or math.nan:g}",
     }
+    if name == "division_by_zero" and facts.primitive != "div":
+        given["a"] = "1"
     if name == "edge_of_range":
         given["a"] = _number(argument(facts))
     return Reason(name, words.format(**given), tuple(x.format(**given) for x in remedies))

@@ -8,6 +8,7 @@ frames up to the border of that function; the equations around it have the other
 import functools
 import linecache
 import os
+import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ _INSTALLED = tuple(
     os.path.abspath(sysconfig.get_path(name)) + os.sep for name in ("purelib", "platlib", "stdlib")
 )
 _FRAMEWORKS = ("flax", "optax", "equinox", "haiku", "chex")
-_ENGINES = ("jax", "jaxlib", "numpy", "gradjax")
+_ENGINES = ("jax", "jaxlib", "numpy")
+_SITE = {"site-packages", "dist-packages"}
 # Frames beyond these files are those of whoever called us.
 _TRACING = {os.path.join(_OWN, *path) for path in (("taps", "probe.py"), ("replay", "gradient.py"))}
 
@@ -72,14 +74,17 @@ def _rank(file: str) -> int:
     path = os.path.abspath(file)
     if path.startswith(_OWN):
         return 1 if path.startswith(_LABORATORY) else 3
-    for folder in _INSTALLED:
-        if path.startswith(folder):
-            package = path[len(folder) :].split(os.sep)
-            inside = package[1] if package[0] in ("site-packages", "dist-packages") else package[0]
-            if inside in _ENGINES:
-                return 3
-            return 2 if inside in _FRAMEWORKS else 1
-    return 0
+    for rank, names in ((3, _ENGINES), (2, _FRAMEWORKS)):
+        if any(path.startswith(folder) for folder in map(_folder_of, names) if folder):
+            return rank
+    is_installed = any(path.startswith(folder) for folder in _INSTALLED)
+    return 1 if is_installed or _SITE.intersection(path.split(os.sep)) else 0
+
+
+def _folder_of(package: str) -> str:
+    """The folder of an imported package, "" if it is not imported."""
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return os.path.dirname(os.path.abspath(file)) + os.sep if file else ""
 
 
 def _line(code: Any, instruction: int) -> Line:

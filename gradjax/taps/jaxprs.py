@@ -38,13 +38,21 @@ def inner(eqn: Any) -> core.ClosedJaxpr | None:
 
 
 def insides(eqn: Any) -> list[tuple[str, core.ClosedJaxpr]]:
-    """Every jaxpr among the parameters of an equation, with the parameter's name."""
+    """Every jaxpr among the parameters of an equation, with the parameter's name.
+
+    An open jaxpr whose constants are kept elsewhere cannot be evaluated and is left out.
+    """
     found = []
     for key, value in eqn.params.items():
         for each in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(each, "eqns"):
+            if is_whole(each):
                 found.append((key, closed(each)))
     return found
+
+
+def is_whole(x: Any) -> bool:
+    """Whether something is a jaxpr that has all its constants."""
+    return hasattr(x, "eqns") and (hasattr(x, "consts") or not x.constvars)
 
 
 def scan_split(eqn: Any) -> tuple[int, int]:
