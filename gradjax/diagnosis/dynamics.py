@@ -47,7 +47,7 @@ def observe(
         out = loss_fn(params, *args)
         return out[0] if has_aux else out
 
-    losses, seen, clipping, bad = np.zeros(0), {}, (), _bad_leaves(opt_state)
+    losses, seen, clipping, bad = np.zeros(0), {}, (), _bad_moments(opt_state, params)
     culprit = None
     largest, log_norms, max_norms = None, None, _max_norms(tx)
     if tx is not None:
@@ -60,7 +60,7 @@ def observe(
         clipping = clipping_rules(state)
         # a state that breaks only because the loss does is not the optimiser's fault
         if not bad and np.isfinite(losses).all():
-            bad = _bad_leaves(state)
+            bad = _bad_moments(state, params)
     elif opt_state is None:
         not_run["frozen_optimizer"] = "needs opt_state or tx"
     if not max_norms and not clipping:
@@ -204,11 +204,21 @@ def _bad_update(
     return None if culprit is None else (step, culprit)
 
 
-def _bad_leaves(tree: PyTree) -> tuple[str, ...]:
-    """Key paths of the floating leaves that hold inf or NaN."""
+def _bad_moments(state: PyTree, params: PyTree) -> tuple[str, ...]:
+    """Key paths of the moments that hold inf or NaN: the floating leaves of an optimiser's state
+    that belong to a parameter, by the end of their path and by their shape.
+
+    Other figures may be inf by design: a best value so far, the logarithm of the norm of zeros.
+    """
+    shapes = {
+        path: np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(params) if np.ndim(x)
+    }
     bad = []
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
         is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-        if is_float and not np.isfinite(np.asarray(x, np.float64)).all():
+        ends = (path[k:] for k in range(len(path) + 1))
+        if not is_float or not any(shapes.get(end) == np.shape(x) for end in ends):
+            continue
+        if not np.isfinite(np.asarray(x, np.float64)).all():
             bad.append(jax.tree_util.keystr(path))
     return tuple(bad)

@@ -86,13 +86,15 @@ def _traced_apart(rule: linear_util.WrappedFun) -> linear_util.WrappedFun:
         given: list[Any] = []
 
         def arrays(*operands):
-            given[:] = rule.call_wrapped(*operands)
-            return [x for x in given if isinstance(x, jax.Array)]
+            # In which containers the arrays come depends on the version of JAX.
+            given[:] = jax.tree.flatten(rule.call_wrapped(*operands))
+            return [x for x in given[0] if isinstance(x, jax.Array)]
 
         with ThreadPoolExecutor(1) as threads:
             jaxpr = threads.submit(jax.make_jaxpr(arrays), *shapes).result()
         found = iter(jaxpr_as_fun(jaxpr)(*operands))
-        return [next(found) if isinstance(x, jax.Array) else x for x in given]
+        leaves = [next(found) if isinstance(x, jax.Array) else x for x in given[0]]
+        return jax.tree.unflatten(given[1], leaves)
 
     return linear_util.wrap_init(apply, debug_info=rule.debug_info)
 
