@@ -291,7 +291,8 @@ def _run(name: str, args: Sequence[str]) -> int:
         )
     import matplotlib
 
-    matplotlib.use("Agg")
+    if matplotlib.get_backend().lower() != "agg":
+        matplotlib.use("Agg")
     run(experiment, options)
     return 0
 

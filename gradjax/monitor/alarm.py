@@ -40,11 +40,13 @@ class Alarm:
     Attributes:
       is_on: whether an episode has begun and not ended.
       labels: names of the leaves.
+      totals: (rows, lanes, quantities) of the rows seen last, norms of the whole tree.
     """
 
     def __init__(self, window: int, deviations: float, least: float):
         self.window, self.is_on = window, False
         self.labels: list[str] = []
+        self.totals = np.zeros((0, 0, len(QUANTITIES)))
         self._deviations, self._least = deviations, least
         # (lanes, quantities, groups + 1) each
         self._rows: deque[np.ndarray] = deque(maxlen=window)
@@ -73,6 +75,7 @@ class Alarm:
         if not len(rows):
             return
         rows = _with_whole(rows[:, :, : len(QUANTITIES)])
+        self.totals = rows[..., -1]
         if not self._rows:
             self._runs, self._since = np.zeros(rows.shape[1:], int), np.full(rows.shape[1:], -1)
             self._bar = np.full(rows.shape[1:], np.inf)

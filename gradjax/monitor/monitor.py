@@ -14,8 +14,9 @@ given the state's own buffers) and reads the copy when it is ready, by the next 
 the device does not wait for it.
 
 Early warning. A norm of the gradient, the update or the parameters, of a leaf or of the whole tree,
-that is far above the median of the last steps gives one line, not one per step. The rule is in
-`gradjax.monitor.alarm`.
+that is far above the median of the last steps gives one line, not one per step
+(`gradjax.monitor.alarm`); so does what a median that follows cannot see: slow growth, a loss that
+is not finite, gradients of 0 (`gradjax.monitor.trend`), a state that never advances.
 
 Failure is a step whose update or parameters are not finite (a gradient that a guard caught is a
 warning). It leaves `crash-<step>.json` with the step and the leaf, the key of its batch, the leaves
@@ -40,6 +41,7 @@ import numpy as np
 
 from gradjax.monitor import crash
 from gradjax.monitor.alarm import Alarm
+from gradjax.monitor.trend import Trend
 from gradjax.monitor.watched import WatchedState, watches
 from gradjax.report import files
 from gradjax.transforms import telemetry
@@ -131,6 +133,9 @@ class Monitor:
         self._on_warning = on_warning
         self._diagnose = diagnose
         self._alarm = Alarm(window, deviations, math.log2(factor))
+        self._trend = Trend(window)
+        # calls in a row that left the state as it was
+        self._idle = 0
         # (call, the parameters after its step)
         self._snapshots: deque[tuple[int, PyTree]] = deque(maxlen=2)
         self._steps, self._losses, self._rows = (deque(maxlen=history) for _ in range(3))
@@ -259,6 +264,7 @@ class Monitor:
             new = len(calls) if self._taken is None else 1
             self._taken = max(count - new, 0)
             self._failed = np.zeros(math.prod(np.shape(seen["count"])), bool)
+        self._check_advance(count, len(calls))
         # With one step for each call their losses and keys are known, else only the last one's.
         known = calls if count - self._taken == len(calls) else calls[-1:]
         of_step = {count - 1 - k: call for k, call in enumerate(reversed(known))}
@@ -269,6 +275,17 @@ class Monitor:
         old = sum(step < self._taken for step in steps)
         before, self._taken = self._taken, count
         self._follow(steps[old:], rows[old:], of_step, state, before)
+
+    def _check_advance(self, count: int, num_calls: int) -> None:
+        """Warn, once, of a state that stays the same over a window of calls."""
+        was_idle = self._idle
+        self._idle = self._idle + num_calls if count == self._taken else 0
+        if was_idle < self._alarm.window <= self._idle:
+            self._warn(
+                count,
+                f"gradjax.Monitor: step {count}: the optimiser's state has not advanced in "
+                f"{self._idle} calls; pass the new state that tx.update returned",
+            )
 
     def _follow(
         self,
@@ -296,7 +313,13 @@ class Monitor:
         self._steps.extend(steps[:end])
         self._losses.extend(losses[:end])
         self._rows.extend(rows[:end])
-        for at, lane, text in self._alarm.new_alerts(steps[:end], rows[:end], ~self._failed):
+        alive = ~self._failed
+        alerts = list(self._alarm.new_alerts(steps[:end], rows[:end], alive))
+        if end:
+            known = np.array([step in of_step for step in steps[:end]])
+            seen, totals = np.stack(losses[:end]), self._alarm.totals
+            alerts += self._trend.new_alerts(steps[:end], totals, seen, known, alive)
+        for at, lane, text in alerts:
             whose = f"seed {lane}: " if self._names.lanes else ""
             self._warn(at, f"gradjax.Monitor: step {at}: {whose}{text}")
         if end == len(steps):

@@ -7,21 +7,27 @@ import pytest
 
 from gradjax.cure.remedies import REMEDIES
 from gradjax.diagnosis.rules import CAUSAL
+from gradjax.replay.reasons import REASONS
 from support import ROOT
 
-PLACES = {"diagnosis.md": "pathologies", "my-loss-is-nan.md": "meanings", "cure.md": "remedies"}
+PLACES = (
+    ("diagnosis.md", "pathologies", CAUSAL),
+    ("my-loss-is-nan.md", "meanings", CAUSAL),
+    ("my-loss-is-nan.md", "reasons", REASONS),
+    ("cure.md", "remedies", REMEDIES),
+)
 
 
 def test_no_table_is_stale():
     assert not doc_tables.stale(ROOT / "docs"), "run python scripts/doc_tables.py"
 
 
-@pytest.mark.parametrize(("page", "name"), PLACES.items())
-def test_a_page_has_its_table_with_every_row(page, name):
+@pytest.mark.parametrize(("page", "name", "entries"), PLACES)
+def test_a_page_has_its_table_with_every_row(page, name, entries):
     marked = doc_tables.MARKED.findall((ROOT / "docs" / page).read_text())
-    assert [found[1] for found in marked] == [name]
-    rows = re.findall(r"^\| `(\w+)` \|", marked[0][2], re.MULTILINE)
-    assert rows == list(REMEDIES if name == "remedies" else CAUSAL)
+    assert [found[1] for found in marked] == [table for at, table, _ in PLACES if at == page]
+    (text,) = (found[2] for found in marked if found[1] == name)
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(entries)
 
 
 def test_a_stale_table_is_found_and_mended(tmp_path, monkeypatch, capsys):

@@ -181,14 +181,19 @@ def _blocks(h: Array, block: list, span: list, count: list) -> Array:
     return h.transpose(2, 4, 5, 1, 3, 0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _patches(h: Array, span: tuple[int, int], count: tuple[int, int]) -> Array:
+def _windows(h: Array, span: tuple[int, int], count: tuple[int, int]) -> Array:
     """Windows of `count` blocks at each of `span` shifts.
 
     (..., rows, columns, examples) -> (*span, ..., examples).
     """
     across = jnp.stack([h[..., j : j + count[1], :] for j in range(span[1])])
     return jnp.stack([across[..., i : i + count[0], :, :] for i in range(span[0])])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _patches(h: Array, span: tuple[int, int], count: tuple[int, int]) -> Array:
+    """`_windows`, with a derivative of its own."""
+    return _windows(h, span, count)
 
 
 @_patches.defjvp
@@ -198,6 +203,9 @@ def _patches_jvp(span: tuple, count: tuple, primals: tuple, tangents: tuple) -> 
     The transpose of a stack pads each window to the whole first.
     """
     (h,), (moved,) = primals, tangents
+    if jax.__version_info__ < (0, 10):
+        # It cannot transpose this loop.
+        return _patches(h, span, count), _windows(moved, span, count)
     size = (*h.shape[:-3], *count, h.shape[-1])
 
     def window(k: Array) -> Array:
