@@ -13,6 +13,7 @@ from jax import lax
 
 from gradjax import matrix_free
 from gradjax.core import scale
+from gradjax.core.unwrap import optimizer_state, plain
 from gradjax.diagnosis.probing import Measurement
 from gradjax.diagnosis.rules import Dynamics
 from gradjax.replay.nonfinite import NonFinite, search_update
@@ -42,6 +43,7 @@ def observe(
     """
     not_run: dict[str, str] = {}
     loss_fn, params = measurement.traced.loss_fn, measurement.traced.params
+    opt_state = optimizer_state(opt_state)
 
     def scalar(params: PyTree, *args: Any) -> Any:
         out = loss_fn(params, *args)
@@ -51,7 +53,7 @@ def observe(
     culprit = None
     largest, log_norms, max_norms = None, None, _max_norms(tx)
     if tx is not None:
-        state = tx.init(params) if opt_state is None else opt_state
+        state = tx.init(plain(params)) if opt_state is None else opt_state
         run = _training(scalar, tx, args)
         losses, state, entries, log_norms = _steps(run, params, state, num_steps)
         largest = float(np.max(entries))
@@ -152,11 +154,12 @@ def _training(scalar: Callable, tx: optax.GradientTransformation, args: tuple) -
         def step(carry, _):
             params, state = carry
             loss, grads = jax.value_and_grad(loss_of)(params)
-            updates, state = tx.update(
-                grads, state, params, value=loss, grad=grads, value_fn=loss_of
-            )
+            old, grads = plain(params), plain(grads)
+            updates, state = tx.update(grads, state, old, value=loss, grad=grads, value_fn=loss_of)
+            new = jax.tree.leaves(optax.apply_updates(old, updates))
+            params = jax.tree.unflatten(jax.tree.structure(params), new)
             seen = loss, largest_entry(jax.tree.leaves(updates)), scale.log_norm(grads)
-            return (optax.apply_updates(params, updates), state), seen
+            return (params, state), seen
 
         (params, state), seen = lax.scan(step, (params, state), None, length=num_steps)
         last_loss, last_grads = jax.value_and_grad(loss_of)(params)
@@ -197,10 +200,10 @@ def _bad_update(
     step = int(bad[0])
     if not np.isfinite(losses[step]) or np.isnan(log_norms[step]) or log_norms[step] == np.inf:
         return None
-    state = tx.init(params) if opt_state is None else opt_state
+    state = tx.init(plain(params)) if opt_state is None else opt_state
     with jax.numpy_dtype_promotion("standard"):
         params, state, _, _, grads = run(params, state, step)
-    culprit = search_update(tx, state, params, grads)
+    culprit = search_update(tx, state, plain(params), plain(grads))
     return None if culprit is None else (step, culprit)
 
 
@@ -211,7 +214,9 @@ def _bad_moments(state: PyTree, params: PyTree) -> tuple[str, ...]:
     Other figures may be inf by design: a best value so far, the logarithm of the norm of zeros.
     """
     shapes = {
-        path: np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(params) if np.ndim(x)
+        path: np.shape(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(plain(params))
+        if np.ndim(x)
     }
     bad = []
     for path, x in jax.tree_util.tree_leaves_with_path(state):

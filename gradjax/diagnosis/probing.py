@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradjax.core import scale
+from gradjax.core.checks import without_debug_checks
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.replay.gradient import gradient_jaxpr
 from gradjax.replay.nonfinite import Names, NonFinite, search
@@ -271,6 +272,7 @@ class Measurement:
         seen = jax.device_get(self.program(leaves, rescale))
         return _Seen(seen.out, *(_split(part) for part in seen[1:]))
 
+    @without_debug_checks()
     def __call__(self, params: PyTree | None = None, args: tuple | None = None) -> Evidence:
         """Measure at `params` and `args`, of the same shapes as those it was made with, which are
         the default.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import optax
 
+from gradjax.core.checks import without_debug_checks
 from gradjax.core.extras import needed_for
 from gradjax.diagnosis import dynamics, measurements, rules, words
 from gradjax.diagnosis.evidence import Evidence
@@ -123,6 +124,7 @@ def _mark(finding: Finding, ds: xr.Dataset) -> tuple[str, int, str] | None:
 # Entry points
 
 
+@without_debug_checks()
 def diagnose(
     loss_fn: Callable[..., Any],
     params: PyTree,
@@ -148,7 +150,8 @@ def diagnose(
       args: one batch, examples on the first axis; non-array leaves are static.
       has_aux: as in `jax.value_and_grad`.
       tx: the Optax optimiser of the run.
-      opt_state: its state; `tx.init(params)` by default.
+      opt_state: its state, also as an `nnx.Optimizer` or a `TrainState`; `tx.init(params)` by
+        default.
       learning_rate: of plain gradient descent (or momentum), for the rule on curvature.
       num_steps: how many steps are taken with `tx`, at least 1.
       history: losses (steps,), or a mapping with "loss" such as `gradjax.Monitor.history`.

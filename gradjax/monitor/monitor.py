@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradjax.core.unwrap import optimizer_state
 from gradjax.monitor import crash
 from gradjax.monitor.alarm import Alarm
 from gradjax.monitor.trend import Trend
@@ -167,7 +168,8 @@ class Monitor:
         """Take what one training step returned.
 
         Args:
-          opt_state: the new optimiser state, with one `gradjax.watch` in it.
+          opt_state: the new optimiser state, with one `gradjax.watch` in it; also an
+            `nnx.Optimizer` or a `TrainState`.
           loss: this step's loss, of shape () or of the shape of a vmap over the state.
           key: identifies this step's batch: a PRNG key, or anything else that finds it again. Only
             a crash file reads it.
@@ -178,6 +180,7 @@ class Monitor:
           FloatingPointError: after a failure, with the path of the crash file.
           ValueError: if the state holds no `watch`, or several; if the loss has another shape.
         """
+        opt_state = optimizer_state(opt_state)
         if not self._number:
             self._names = WatchedState.of(opt_state)
             self._alarm.labels = self._names.labels

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from gradjax.core.checks import without_debug_checks
+from gradjax.core.unwrap import optimizer_state, plain
 from gradjax.replay import reasons, source
 from gradjax.replay.causes import Facts, sources
 from gradjax.replay.gradient import forward_of, gradient_jaxpr
@@ -108,6 +110,7 @@ class Search:
         return "\n".join(parts + ([self.note] if self.note else []))
 
 
+@without_debug_checks()
 def find_nonfinite(
     loss_fn: Callable[..., Any],
     params: PyTree,
@@ -149,10 +152,11 @@ def find_nonfinite(
     culprit, outputs = search(traced, gradient, traced.leaves, names)
     loss = float(outputs[0].data) if outputs[0] is not None else np.nan
     if culprit is None and tx is not None:
-        tree = jax.tree.structure(traced.params)
-        grads = jax.tree.unflatten(tree, [value.data for value in outputs[1:] if value])
-        state = tx.init(traced.params) if opt_state is None else opt_state
-        culprit = search_update(tx, state, traced.params, grads)
+        values = plain(traced.params)
+        grads = [value.data for value in outputs[1:]]
+        grads = jax.tree.unflatten(jax.tree.structure(values), grads)
+        state = tx.init(values) if opt_state is None else optimizer_state(opt_state)
+        culprit = search_update(tx, state, values, grads)
     if culprit is None and not note:
         note = _nothing(gradient, traced, loss, tx is not None)
     return Search(culprit, loss, note)

@@ -133,6 +133,8 @@ def trace(
     """
     if names.is_module(params):
         loss_fn, params = functional(loss_fn, params)
+    # as `jax.grad` takes it, a Python float is an array
+    params = jax.tree.map(lambda x: jnp.asarray(x) if type(x) is float else x, params)
     leaves, tree = jax.tree.flatten(params)
     _check_params(leaves, where)
     arrays, merge = arrays_of(args), merger(args)
