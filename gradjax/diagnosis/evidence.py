@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gradjax.diagnosis.underflow import Underflow
 from gradjax.replay.nonfinite import NonFinite
 from gradjax.taps import statistics as stats
 from gradjax.taps.structure import Activation, Layer, Recurrence, Structure
@@ -32,7 +33,7 @@ class Evidence:
 
     Attributes:
       loss: its value.
-      half: whether the loss or a layer is in float16, whose largest number is 65504.
+      half: whether the loss, a layer or a parameter is in float16, whose largest number is 65504.
       aux: what the loss function returned beside the loss.
       structure: layers, activation functions and recurrences of the traced loss.
       layers: those of the chain.
@@ -58,6 +59,8 @@ class Evidence:
       skipped: named values that cannot be measured -> why.
       shattering: measures how the gradient changes with the input, `Measurement.shattering`; a
         function, since it compiles a gradient of its own.
+      underflow: measures how much of the gradient underflows, asked where `half`; a function for
+        the same reason.
       params: the parameters.
     """
 
@@ -86,6 +89,7 @@ class Evidence:
     culprit: NonFinite | None
     skipped: dict[str, str]
     shattering: Callable[[], tuple[float, float] | None] = _not_measured
+    underflow: Callable[[], Underflow | None] = _not_measured
     params: list[np.ndarray] = field(default_factory=list, repr=False)
 
     @property

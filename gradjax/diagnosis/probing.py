@@ -16,6 +16,7 @@ import numpy as np
 
 from gradjax.core import scale
 from gradjax.core.checks import without_debug_checks
+from gradjax.diagnosis import underflow
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.replay.gradient import gradient_jaxpr
 from gradjax.replay.nonfinite import Names, NonFinite, search
@@ -322,11 +323,10 @@ class Measurement:
         traced, layers, values = self.traced, self.structure.layers, seen.values
         name_of = {path: site.name for path, site in self.sites.items()}
         out = jax.tree.unflatten(traced.out_tree, seen.out)
-        dtypes = [seen.out[0].dtype, *(layer.site.dtype for layer in layers)]
         log_size = [np.log(np.prod(layer.site.shape, dtype=float)) for layer in layers]
         return Evidence(
             loss=float(seen.out[0]),
-            half=any(dtype == jnp.float16 for dtype in dtypes),
+            half=underflow.is_half(traced, layers),
             aux=out[1] if self.has_aux else None,
             structure=self.structure,
             layers=layers,
@@ -343,6 +343,7 @@ class Measurement:
             recurrences=[_over_time(r, seen) for r in self.structure.recurrences],
             skipped=traced.skipped,
             shattering=self.shattering,
+            underflow=functools.cache(lambda: underflow.measure(traced, leaves)),
             culprit=self._culprit(leaves, seen),
             **self._leaf_fields(leaves, seen),
             **_argument_fields(given),

@@ -37,12 +37,14 @@ class Diagnosis:
       measured: the measurements per layer and seed; `measurements` has them as a dataset.
       meta: the loss, the number of layers, and what the caller adds.
       not_run: rule -> what it would need.
+      notes: what is no pathology, and explains what was measured.
     """
 
     findings: tuple[Finding, ...]
     measured: measurements.Table | xr.Dataset
     meta: dict[str, Any]
     not_run: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def measurements(self) -> xr.Dataset:
@@ -75,6 +77,7 @@ class Diagnosis:
                 "product": measurements.product(self.measured),
                 "theory": measurements.theory(self.measured),
                 "not_run": self.not_run,
+                "notes": list(self.notes),
                 "meta": self.meta,
             }
         )
@@ -100,6 +103,7 @@ class Diagnosis:
             lines.append(words.explain(finding))
             if "text" not in finding.evidence or finding.pathology != "non_finite":
                 lines.append(f"Remedies to try: {', '.join(finding.remedies)}.")
+        lines += [f"Note: {note}" for note in self.notes]
         if self.not_run:
             rules_left = [f"{rule} ({why})" for rule, why in self.not_run.items()]
             lines.append(f"Not run: {'; '.join(rules_left)}.")
@@ -181,7 +185,8 @@ def diagnose(
     not_run |= {f"value {name}": why for name, why in evidence.skipped.items()}
     meta = {"loss": evidence.loss, "layers": len(evidence.layers), "hidden_layers": evidence.hidden}
     found = rules.findings(evidence, seen)
-    return Diagnosis(found, measurements.table([evidence]), meta, not_run)
+    notes = tuple(rules.notes(evidence))
+    return Diagnosis(found, measurements.table([evidence]), meta, not_run, notes)
 
 
 def judge(

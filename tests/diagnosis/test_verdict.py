@@ -39,7 +39,7 @@ def test_the_json_is_json_and_has_the_names_that_others_build_on():
         assert record["healthy"] is found.healthy is False
         assert len(record["layers"]) == 30 and record["meta"] == {"seed": 0}
         assert set(record) == {
-            *("healthy", "findings", "layers", "product", "theory", "not_run", "meta")
+            *("healthy", "findings", "layers", "product", "theory", "not_run", "notes", "meta")
         }
         assert set(record["layers"][0]) == {
             "name",

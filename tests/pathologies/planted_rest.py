@@ -321,6 +321,12 @@ def _scaled_loss(
     return p._replace(loss_fn=lambda *args: jnp.float32(factor) * p.loss_fn(*args))
 
 
+def _clipped_loss(seed: int, depth: int) -> Problem:
+    """A loss clipped at 16, far above it."""
+    p = plain.mlp(seed, depth)
+    return p._replace(loss_fn=lambda *args: jnp.minimum(p.loss_fn(*args) + 100.0, 16.0))
+
+
 def non_finite(cause: str, layer: int | None = None):
     return "non_finite", cause, layer, "severe"
 
@@ -369,6 +375,24 @@ NUMBERS = (
         non_finite("loss_scale"),
         factor=2.0**26,
         dtype=jnp.float16,
+    ),
+    planted(
+        "float16_underflow",
+        "linen",
+        "mlp",
+        6,
+        _scaled_loss,
+        ("gradient_underflow", "float_range", None, "severe"),
+        factor=2.0**-22,
+        dtype=jnp.float16,
+    ),
+    planted(
+        "clipped_loss",
+        "plain",
+        "mlp",
+        4,
+        _clipped_loss,
+        ("flat_loss", "clipped_or_saturated", None, "severe"),
     ),
     planted("gradients_1e20", "linen", "mlp", 5, _scaled_loss, WIDE, factor=1e21),
     planted("gradients_1e20", "plain", "mlp", 8, _scaled_loss, WIDE, factor=1e22, base=plain.mlp),

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.diagnosis.rules import Dynamics
+from gradjax.diagnosis.underflow import Underflow
 from gradjax.replay.nonfinite import NonFinite
 from gradjax.replay.source import Line
 from gradjax.taps.interpret import Site
@@ -213,6 +214,10 @@ PLANTED: dict[str, list[Callable[[], Evidence | Dynamics]]] = {
         lambda: _still(log_activation=np.full(10, -7.0)),
     ],
     "shattered_gradients": [lambda: _still(shattering=lambda: (0.05, 0.4))],
+    "gradient_underflow": [
+        lambda: _with_weights(np.eye(128), half=True, underflow=lambda: Underflow(0.4, (0.4,), 18))
+    ],
+    "flat_loss": [lambda: _with_weights(np.eye(128), leaf_log_gradient=[np.float64(-np.inf)])],
     "untrained_layer": [_untrained],
     "norm_overflow": [lambda: _still(leaf_names=["w"], leaf_log_gradient=[np.float64(50.0)])],
     "unstable_step_size": [

@@ -18,6 +18,7 @@ from gradjax.diagnosis.rules.catalogue import Pathology as Pathology
 from gradjax.diagnosis.rules.catalogue import When
 from gradjax.diagnosis.rules.finding import Finding as Finding
 from gradjax.diagnosis.rules.training import Dynamics as Dynamics
+from gradjax.diagnosis.rules.zero import notes as notes
 
 
 def findings(e: Evidence, d: Dynamics | None) -> tuple[Finding, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradjax.diagnosis.rules import growth, numbers, training, units
+from gradjax.diagnosis.rules import growth, numbers, training, units, zero
 from gradjax.diagnosis.rules.finding import Finding
 from gradjax.diagnosis.rules.main_rule import GROWTH_NATS
 
@@ -286,6 +286,37 @@ PATHOLOGIES: tuple[Pathology, ...] = (
         remedies=("residual", "critical_init", "lower_input_frequency"),
         rules=(units.shattered_gradients,),
         when="last",
+    ),
+    Pathology(
+        name="gradient_underflow",
+        meaning="entries of the gradient are below the smallest number of float16, and are 0",
+        first_remedy="a loss scale, the power of two that the finding states",
+        criterion="more than a tenth of the gradient's entries are 0 in float16 and are not where "
+        "the backward pass starts from a larger number",
+        source="the smallest number of float16 is 6e-8; loss scaling, Micikevicius et al. 2018, "
+        "arXiv 1710.03740",
+        threshold=zero.UNDERFLOWED,
+        words=(
+            "{underflowed_fraction:.0%} of the gradient's entries underflow to 0 in {dtype}, most "
+            "of them in {place}. A loss scale of 2^{log2_loss_scale} would save them.",
+        ),
+        remedies=("loss_scaling", "bfloat16"),
+        rules=(zero.gradient_underflow,),
+    ),
+    Pathology(
+        name="flat_loss",
+        meaning="the loss is not at its minimum, and its gradient is exactly 0",
+        first_remedy="a loss of the logits in place of clipped or saturated probabilities",
+        criterion="the gradient of every parameter is exactly 0, the loss is not, and no dtype is "
+        "to blame",
+        source="by definition",
+        threshold=0.0,
+        words=(
+            "The loss is {loss:.3g} and its gradient exactly 0 in every parameter: something on "
+            "the way is clipped, saturated or rounded (flat). Cause: {cause}.",
+        ),
+        remedies=("loss_of_logits", "remove_clipping"),
+        rules=(zero.flat_loss,),
     ),
     Pathology(
         name="untrained_layer",
