@@ -114,6 +114,9 @@ class Measurement:
         states = {site.path: site for r in self.structure.recurrences for site in r.sites}
         self.sites: dict[tuple, Site] = named | layers | states
         self.chain = set(layers)
+        # Where cotangents can be rescaled on their way: along the chain; without one, over time.
+        states_of_one = [r.sites[0].path for r in self.structure.recurrences if len(r.sites) == 1]
+        self.rescaled = self.chain if len(self.structure.layers) > 1 else set(states_of_one)
         self.special = {a.site.path: a.site for a in self.structure.activations}
         # compiled once and run a few times: the time goes into compiling
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -133,7 +136,7 @@ class Measurement:
         }
 
         def attach(path, value, sink):
-            if rescale and path in self.chain:
+            if rescale and path in self.rescaled:
                 return stats.rescaled(value, sink)
             return stats.observed(value, sink) if self.sites[path].lead else value + sink
 
@@ -197,7 +200,7 @@ class Measurement:
     def _sink(self, path: tuple, rescale: bool) -> Any:
         """What the cotangent at a site is differentiated with respect to."""
         site = self.sites[path]
-        if not site.lead and not (rescale and path in self.chain):
+        if not site.lead and not (rescale and path in self.rescaled):
             return jnp.zeros(site.shape, site.dtype)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, site.lead), stats.blank())
 
@@ -292,7 +295,11 @@ class Measurement:
             behind = np.cumsum(exponents[::-1])[::-1]
             cotangent = self._along(lambda c: c.log_rms, again.sinks) + np.append(behind[1:], 0.0)
             gradient = self._layer_gradients(leaves, again.grads) + behind
-        return self._evidence(leaves, args or self.args, seen, cotangent, gradient)
+        over_time = [_over_time(r, seen) for r in self.structure.recurrences]
+        if not self.chain and np.isfinite(float(seen.out[0])) and not _all_in_range(over_time):
+            again = self._run(leaves, True)
+            over_time = [_over_time(r, seen, again) for r in self.structure.recurrences]
+        return self._evidence(leaves, args or self.args, seen, cotangent, gradient, over_time)
 
     def _along(self, field: Callable, found: dict) -> np.ndarray:
         """A field of what was found at the layers' sites, along the chain."""
@@ -312,13 +319,19 @@ class Measurement:
                 value = np.asarray(log_rms[leaf])
                 one = value[layer.row] if rows and layer.row is not None else value
                 if np.ndim(one) == 0:
-                    squares.append(2 * float(one) + np.log(size / (rows or 1)))
+                    squares.append(2 * float(one) + np.log(max(size, 1) / (rows or 1)))
             with np.errstate(invalid="ignore"):
                 out.append(0.5 * np.logaddexp.reduce(squares))
         return np.array(out)
 
     def _evidence(
-        self, leaves: list, given: tuple, seen: _Seen, cotangent: np.ndarray, gradient: np.ndarray
+        self,
+        leaves: list,
+        given: tuple,
+        seen: _Seen,
+        cotangent: np.ndarray,
+        gradient: np.ndarray,
+        over_time: list,
     ) -> Evidence:
         traced, layers, values = self.traced, self.structure.layers, seen.values
         name_of = {path: site.name for path, site in self.sites.items()}
@@ -340,7 +353,7 @@ class Measurement:
             values={name_of[path]: value for path, value in values.items()},
             cotangents={name_of[path]: sink for path, sink in seen.sinks.items()},
             activations=[(a, seen.special.get(a.site.path)) for a in self.structure.activations],
-            recurrences=[_over_time(r, seen) for r in self.structure.recurrences],
+            recurrences=over_time,
             skipped=traced.skipped,
             shattering=self.shattering,
             underflow=functools.cache(lambda: underflow.measure(traced, leaves)),
@@ -387,9 +400,14 @@ def _argument_fields(given: tuple) -> dict[str, Any]:
     return {"arg_log_rms": log_rms}
 
 
-def _over_time(recurrence: Recurrence, seen: _Seen) -> tuple[Recurrence, np.ndarray, np.ndarray]:
+def _over_time(
+    recurrence: Recurrence, seen: _Seen, rescaled: _Seen | None = None
+) -> tuple[Recurrence, np.ndarray, np.ndarray]:
     """The recurrence with the log rms of its state and of the state's cotangent, in the order of
     its steps.
+
+    `rescaled` is what was seen with cotangents rescaled on their way; it is used for a state of one
+    array.
     """
     sizes = [np.prod(site.shape, dtype=float) for site in recurrence.sites]
 
@@ -401,9 +419,20 @@ def _over_time(recurrence: Recurrence, seen: _Seen) -> tuple[Recurrence, np.ndar
             return 0.5 * (np.logaddexp.reduce(squares, axis=0) - np.log(sum(sizes)))
 
     state, cotangent = joint(seen.values), joint(seen.sinks)
+    exponents = np.zeros(len(cotangent))
+    if rescaled is not None and len(recurrence.sites) == 1:
+        cotangent = joint(rescaled.sinks)
+        found = rescaled.sinks[recurrence.sites[0].path]
+        exponents = np.asarray(found.exponent, float) * scale.LOG2
     if recurrence.reverse:
-        return recurrence, state[::-1], cotangent[::-1]
-    return recurrence, state, cotangent
+        state, cotangent, exponents = state[::-1], cotangent[::-1], exponents[::-1]
+    # what the cotangents of the steps after this one were divided by
+    behind = np.cumsum(exponents[::-1])[::-1]
+    return recurrence, state, cotangent + np.append(behind[1:], 0.0)
+
+
+def _all_in_range(over_time: list) -> bool:
+    return all((np.abs(back) < RANGE).all() for _, _, back in over_time)
 
 
 def _is_float(x: Any) -> bool:

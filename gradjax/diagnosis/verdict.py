@@ -8,6 +8,7 @@ measurements they rest on in `gradjax.diagnosis.evidence`.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,7 @@ def diagnose(
     learning_rate: float | None = None,
     num_steps: int = 20,
     history: Any = None,
+    unused: Sequence[str] = (),
 ) -> Diagnosis:
     """Find what is wrong with a network at the given parameters and data: pathology, layer, cause,
     numbers, remedies.
@@ -159,12 +161,15 @@ def diagnose(
       learning_rate: of plain gradient descent (or momentum), for the rule on curvature.
       num_steps: how many steps are taken with `tx`, at least 1.
       history: losses (steps,), or a mapping with "loss" such as `gradjax.Monitor.history`.
+      unused: key paths, or pieces of them (`"target"`, `"edges[2]"`), of parameters that are meant
+        to have no gradient: frozen ones, buffers, a last layer that is not read. They are not
+        reported as untrained.
 
     Returns:
       `Diagnosis`; `print` it.
 
     Raises:
-      ValueError: `num_steps` or `history` is not as above; and as `gradjax.probe`.
+      ValueError: `num_steps`, `history` or `unused` is not as above; and as `gradjax.probe`.
 
     >>> import jax, jax.numpy as jnp, gradjax
     >>> def loss(ws, x):
@@ -178,7 +183,7 @@ def diagnose(
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"diagnose: num_steps is {num_steps}; an integer of at least 1 is needed.")
     measurement = Measurement(loss_fn, params, args, has_aux)
-    evidence = measurement()
+    evidence = _without(measurement(), unused)
     seen, not_run = dynamics.observe(
         measurement, args, has_aux, tx, opt_state, learning_rate, num_steps, history
     )
@@ -187,6 +192,26 @@ def diagnose(
     found = rules.findings(evidence, seen)
     notes = tuple(rules.notes(evidence))
     return Diagnosis(found, measurements.table([evidence]), meta, not_run, notes)
+
+
+def _without(evidence: Evidence, unused: Sequence[str]) -> Evidence:
+    """The evidence in which the untrained parameters that are declared so are left out."""
+    pieces = (unused,) if isinstance(unused, str) else tuple(unused)
+    names = [_keys(name) for name in evidence.leaf_names]
+    for piece in pieces:
+        if not any(_keys(piece) in name for name in names):
+            raise ValueError(
+                f"diagnose: unused={piece!r} is in no parameter's key path; they are "
+                f"{', '.join(evidence.leaf_names)}."
+            )
+    declared = {i for i, name in enumerate(names) if any(_keys(p) in name for p in pieces)}
+    left = [i for i in evidence.structure.untrained if i not in declared]
+    return replace(evidence, structure=evidence.structure._replace(untrained=left))
+
+
+def _keys(path: str) -> str:
+    """A key path as its keys: `['edges'][2]` and `edges[2]` are the same."""
+    return "/".join(["", *re.findall(r"[^\[\]'\".]+", path), ""])
 
 
 def judge(

@@ -69,3 +69,21 @@ def test_evidence_agrees_with_signals_beyond_the_range_of_float32(activation, si
     np.testing.assert_allclose(evidence.log_gradient, signals.log_gradient_norm, atol=2e-3)
     growth = abs(float(signals.log_cotangent_rms[1] - signals.log_cotangent_rms[-2]))
     assert depth < 100 or growth > 88  # else nothing left the range
+
+
+@pytest.mark.parametrize(("gain", "steps"), [(0.8, 400), (0.5, 150), (1.3, 320)])
+def test_a_recurrence_is_measured_beyond_the_range_of_float32(gain, steps):
+    """A linear recurrence: each step back multiplies the cotangent by the gain."""
+    w = gain * jnp.linalg.qr(jax.random.normal(jax.random.key(0), (16, 16)))[0]
+
+    def loss(w, h, inputs):
+        h, _ = jax.lax.scan(lambda h, u: (gradjax.tap(h @ w + u, "h"), None), h, inputs)
+        return jnp.mean(jnp.sin(h))
+
+    inputs = 1e-3 * jax.random.normal(jax.random.key(1), (steps, 4, 16))
+    evidence = Measurement(loss, w, (jnp.zeros((4, 16)), inputs))()
+    ((_, _, back),) = evidence.recurrences
+    measured = back[0] - back[-1]
+    # one rounding of the product and one of the logarithm for each step
+    expected = (steps - 1) * np.log(np.float64(gain))
+    assert abs(measured - expected) < steps * 16 * np.finfo(np.float32).eps

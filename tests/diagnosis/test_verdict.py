@@ -5,10 +5,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pathologies.synthetic import evidence
 
+import gradjax
 from gradjax.core.extras import LAB
 from gradjax.diagnosis import measurements, verdict
 from gradjax.diagnosis.rules import findings
@@ -98,3 +101,16 @@ def test_a_verdict_without_the_lab_extra():
 def test_a_number_of_steps_that_is_none_is_refused(num_steps):
     with pytest.raises(ValueError, match=f"num_steps is {num_steps}; an integer of at least 1"):
         verdict.diagnose(None, None, num_steps=num_steps)
+
+
+def test_parameters_that_are_meant_to_be_unused_are_declared():
+    def loss(params, x):
+        h = gradjax.tap(jnp.tanh(x @ params["w"]), "h")
+        return jnp.mean((h - jax.lax.stop_gradient(x @ params["target"])) ** 2)
+
+    params = {"w": jnp.eye(4), "target": 0.5 * jnp.eye(4)}
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    assert gradjax.diagnose(loss, params, x).findings[0].pathology == "untrained_layer"
+    assert gradjax.diagnose(loss, params, x, unused=("target",)).healthy
+    with pytest.raises(ValueError, match="unused='tarjet' is in no parameter's key path"):
+        gradjax.diagnose(loss, params, x, unused=("tarjet",))

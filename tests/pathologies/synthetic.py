@@ -93,7 +93,7 @@ def _with_weights(w: np.ndarray, **changes) -> Evidence:
     return replace(still, **leaf | changes)
 
 
-def _over_time(per_step: float) -> Evidence:
+def over_time(per_step: float) -> Evidence:
     """A recurrence of 50 steps whose cotangent grows by `per_step` nats from each step back."""
     back = per_step * np.arange(50.0)[::-1]
     cell = Recurrence((site((3, 0), "h", "state"),), "cell", 50, False, 128, frozenset())
@@ -102,7 +102,7 @@ def _over_time(per_step: float) -> Evidence:
 
 def _gates(saturated: float) -> Evidence:
     """A recurrence of three gates whose units are saturated in that fraction."""
-    seen = _over_time(0.0)
+    seen = over_time(0.0)
     gates = [
         Activation(site((3, i), "", "logistic"), on_chain=False, gates=True, layer="cell")
         for i in range(1, 4)
@@ -192,7 +192,7 @@ PLANTED: dict[str, list[Callable[[], Evidence | Dynamics]]] = {
         ),
     ],
     "batchnorm_explosion": [lambda: evidence([0.19] * 60, norm="batch")],
-    "exploding_gradients": [lambda: evidence([0.3] * 99), lambda: _over_time(0.5)],
+    "exploding_gradients": [lambda: evidence([0.3] * 99), lambda: over_time(0.5)],
     "exploding_activations": [
         lambda: evidence([0.0] * 60, activation=0.2 * np.arange(61)),
         lambda: replace(
@@ -208,7 +208,7 @@ PLANTED: dict[str, list[Callable[[], Evidence | Dynamics]]] = {
         lambda: _still(tokens=np.exp(-2.0 * np.arange(10))),
     ],
     "ill_conditioned_jacobian": [lambda: _with_weights(_LOW_RANK)],
-    "vanishing_gradients": [lambda: evidence([-0.3] * 99), lambda: _over_time(-0.5)],
+    "vanishing_gradients": [lambda: evidence([-0.3] * 99), lambda: over_time(-0.5)],
     "vanishing_activations": [
         lambda: evidence([0.0] * 60, activation=-0.2 * np.arange(61)),
         lambda: _still(log_activation=np.full(10, -7.0)),

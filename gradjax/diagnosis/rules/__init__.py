@@ -20,6 +20,12 @@ from gradjax.diagnosis.rules.finding import Finding as Finding
 from gradjax.diagnosis.rules.training import Dynamics as Dynamics
 from gradjax.diagnosis.rules.zero import notes as notes
 
+# What helps a recurrence, before what helps any network.
+_OVER_TIME = {
+    "vanishing_gradients": ("lstm", "gru", "forget_bias", "orthogonal_init"),
+    "exploding_gradients": ("clip_by_global_norm", "orthogonal_init"),
+}
+
 
 def findings(e: Evidence, d: Dynamics | None) -> tuple[Finding, ...]:
     """The findings of all rules, most causal first."""
@@ -49,7 +55,10 @@ def _completed(finding: Finding) -> Finding:
     entry = BY_NAME[finding.pathology]
     threshold = entry.threshold if math.isnan(finding.threshold) else finding.threshold
     source = finding.source or f"{entry.criterion}; {entry.source}"
-    remedies = finding.remedies or entry.remedies
+    first = entry.by_cause.get(finding.cause, ())
+    if finding.where["kind"] == "step" and finding.pathology in _OVER_TIME:
+        first = _OVER_TIME[finding.pathology]
+    remedies = finding.remedies or tuple(dict.fromkeys((*first, *entry.remedies)))
     return replace(finding, threshold=threshold, source=source, remedies=remedies)
 
 

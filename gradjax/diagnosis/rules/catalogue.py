@@ -8,7 +8,7 @@ follow from the entry.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gradjax.diagnosis.rules import growth, numbers, training, units, zero
@@ -32,6 +32,7 @@ class Pathology:
       words: sentences about a finding, as format strings. The first one is used of which the
         evidence has all the fields; `gradjax.diagnosis.words.explain` lists the other fields.
       remedies: what to try, in order: names of `gradjax.cure.remedies` where there is one.
+      by_cause: cause -> what to try first for that cause, before the others.
       rules: the functions that look for it: evidence -> findings, or `Dynamics` -> findings where
         `when` is "training". Entries may share a rule, which then runs once.
       when: "first": a finding of the rule makes the other measurements useless, so that only the
@@ -49,6 +50,7 @@ class Pathology:
     words: tuple[str, ...]
     remedies: tuple[str, ...]
     rules: tuple[Callable[[Any], list[Finding]], ...]
+    by_cause: dict[str, tuple[str, ...]] = field(default_factory=dict)
     when: When = "finite"
     one_seed: bool = False
 
@@ -194,6 +196,7 @@ PATHOLOGIES: tuple[Pathology, ...] = (
             "Cause: {cause}.",
         ),
         remedies=("critical_init", "normalize_inputs", "relu", "batchnorm"),
+        by_cause={"input_scale": ("normalize_inputs",), "bias": ("zero_biases",)},
         rules=(units.saturated_units,),
     ),
     Pathology(
@@ -253,6 +256,10 @@ PATHOLOGIES: tuple[Pathology, ...] = (
         threshold=-GROWTH_NATS,
         words=_BACKWARD,
         remedies=("critical_init", "orthogonal_init", "residual", "layernorm"),
+        by_cause={
+            "layernorm_placement": ("pre_norm",),
+            "activation_slope": ("relu", "critical_init"),
+        },
         rules=(growth.gradient_growth, growth.time_growth),
     ),
     Pathology(
@@ -269,6 +276,7 @@ PATHOLOGIES: tuple[Pathology, ...] = (
             "Cause: {cause}.",
         ),
         remedies=("critical_init", "layernorm"),
+        by_cause={"input_scale": ("normalize_inputs",)},
         rules=(growth.activation_growth,),
     ),
     Pathology(
