@@ -14,6 +14,7 @@ from gradjax.core.names import suggest_names
 
 if TYPE_CHECKING:
     import gradjax.report.files as results  # noqa: F401
+    from gradjax import comparison as comparison
     from gradjax import cure as cure
     from gradjax import diagnosis as diagnosis
     from gradjax import matrix_free as matrix_free
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gradjax import spectrum as spectrum
     from gradjax import taps as taps
     from gradjax import transforms as transforms
+    from gradjax.comparison.difference import difference as difference
     from gradjax.core.step import layer_jacobians as layer_jacobians
     from gradjax.core.step import signals as signals
     from gradjax.cure.search import find_cure as find_cure
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from gradjax.experiment.sweep import compare as compare
     from gradjax.experiment.sweep import sweep as sweep
     from gradjax.monitor.monitor import Monitor as Monitor
-    from gradjax.replay.difference import difference as difference
     from gradjax.replay.nonfinite import find_nonfinite as find_nonfinite
     from gradjax.spectrum.exponents import lyapunov_exponents as lyapunov_exponents
     from gradjax.spectrum.exponents import moments as moments
@@ -57,7 +58,7 @@ _HOME = {
     "compare": "experiment.sweep",
     "coordinate_check": "diagnosis.coordinate",
     "diagnose": "diagnosis.verdict",
-    "difference": "replay.difference",
+    "difference": "comparison.difference",
     "find_cure": "cure.search",
     "find_nonfinite": "replay.nonfinite",
     "functional": "taps.names",
@@ -78,6 +79,7 @@ _HOME = {
 
 # public modules, by where they are
 _MODULES = {
+    "comparison": "comparison",
     "config": "experiment.config",
     "cure": "cure",
     "diagnosis": "diagnosis",

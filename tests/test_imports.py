@@ -20,6 +20,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"core": set()},
     {"spectrum": set(), "matrix_free": {"matfree"}, "taps": {"equinox"}},
     {"transforms": {"optax"}, "replay": {"optax"}},
+    {"comparison": set()},
     {"theory": set()},
     {"report": {"xarray", "matplotlib", "scipy", "h5netcdf"}},
     {"diagnosis": {"optax", "xarray"}},

@@ -11,6 +11,7 @@ parameters a millionfold, unless it started from (nearly) nothing; norms of 0 ha
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,7 @@ class Trend:
             growth = norms - self._start
         return (growth > GROWTH) & np.isfinite(growth)
 
-    def _found(self, norm: np.ndarray, loss: np.ndarray | None) -> Iterator[tuple[int, str, str]]:
+    def _found(self, norm: np.ndarray, loss: np.ndarray | None) -> Iterator[tuple[Any, str, str]]:
         """(lane, what, text) of what one step shows."""
         self._zeros = np.where(np.isneginf(norm[:, 0]), self._zeros + 1, 0)
         for lane in np.flatnonzero(self._zeros >= self.window):

@@ -164,7 +164,7 @@ def find_nonfinite(
 
 def search(
     traced: Traced, gradient: Any, leaves: list, names: Names
-) -> tuple[NonFinite | None, list[Value | None]]:
+) -> tuple[NonFinite | None, list[Any]]:
     """Search the loss and its gradient.
 
     Args:

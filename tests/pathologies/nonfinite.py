@@ -1,8 +1,9 @@
-"""The search for inf and NaN on planted programs, and on programs whose inf or NaN is harmless.
+"""The search for inf and NaN on planted programs and on harmless ones, and the comparison of two
+programs on planted differences and on pairs that agree.
 
     python tests/pathologies/nonfinite.py [--only NAME ...]
 
-prints both tables, each miss with its text. The tests run the same cases.
+prints the table, each miss with its text. The tests run the same cases.
 """
 
 import argparse
@@ -20,8 +21,12 @@ import jax
 
 from gradjax import find_nonfinite
 from gradjax.replay import Search
+from pathologies import differences
+from pathologies.difference_cases import EQUAL, PLANTED
 from pathologies.nonfinite_case import Broken, Harmless, marked_line
 from pathologies.nonfinite_cases import BROKEN, HARMLESS
+
+PAIRS = (*PLANTED, *EQUAL)
 
 
 def search(case: Broken | Harmless) -> Search:
@@ -61,42 +66,64 @@ def is_wrong_line(case: Broken, found: Search) -> bool:
     return wanted is not None and line is not None and (line.file, line.line) != wanted
 
 
+def judged(cases, run, judge, only) -> tuple[int, int]:
+    """(right, number) of some cases; prints each miss, and everything with `only`."""
+    right = 0
+    chosen = [case for case in cases if not only or case.name in only]
+    for case in chosen:
+        try:
+            found = run(case)
+            wrong = judge(case, found)
+        except Exception as error:
+            found, wrong = None, [f"{type(error).__name__}: {error}"]
+        right += not wrong
+        if wrong or only:
+            print(f"\n{case.name}: {'; '.join(wrong) or 'right'}\n{found}", flush=True)
+    return right, len(chosen)
+
+
+def reported(_: Harmless, found: Search) -> list[str]:
+    """What is wrong with an answer about a harmless program."""
+    return ["reported"] if found else []
+
+
+def wrong_line(case: Broken, found: Search) -> list[str]:
+    """What is wrong with the line, if there is one."""
+    return ["another line"] if is_wrong_line(case, found) else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", help="names of cases")
     only = parser.parse_args().only
-    broken = [case for case in BROKEN if not only or case.name in only]
-    harmless = [case for case in HARMLESS if not only or case.name in only]
-    right = wrong_lines = flagged = 0
     started = time.perf_counter()
-    for case in broken:
-        if case.device_count > jax.device_count():
-            print(f"{case.name}: needs {case.device_count} devices")
-            continue
-        try:
-            found = search(case)
-            wrong = misses(case, found)
-        except Exception as error:
-            found, wrong = None, [f"{type(error).__name__}: {error}"]
-        right += not wrong
-        wrong_lines += found is not None and is_wrong_line(case, found)
-        if wrong or only:
-            print(f"\n{case.name}: {'; '.join(wrong) or 'right'}\n{found}")
-    for case in harmless:
-        try:
-            found = search(case)
-            failed = bool(found)
-        except Exception as error:
-            found, failed = f"{type(error).__name__}: {error}", True
-        flagged += failed
-        if failed or only:
-            print(f"\n{case.name} (harmless): {'reported' if failed else 'right'}\n{found}")
+    found = {case.name: search(case) for case in BROKEN if not only or case.name in only}
+
+    def again(case):
+        return found[case.name]
+
+    planted = [pair for pair in PAIRS if pair.kind]
+    equal = [pair for pair in PAIRS if not pair.kind]
+    table = [
+        ("planted programs: operation, line and reason", judged(BROKEN, again, misses, only), 0.95),
+        ("planted programs: no wrong line", judged(BROKEN, again, wrong_line, only), 1.0),
+        ("harmless programs: not reported", judged(HARMLESS, search, reported, only), 1.0),
+        (
+            "planted differences: first value and lines",
+            judged(planted, differences.compare, differences.misses, only),
+            0.95,
+        ),
+        (
+            "equal pairs: no difference",
+            judged(equal, differences.compare, differences.misses, only),
+            1.0,
+        ),
+    ]
     print(f"\n{time.perf_counter() - started:.0f} s")
     print("| | right | of | goal |\n| --- | --- | --- | --- |")
-    print(f"| planted: operation, line and reason | {right} | {len(broken)} | 57 of 60 |")
-    print(f"| planted: a wrong line | {wrong_lines} | {len(broken)} | 0 |")
-    print(f"| harmless: reported | {flagged} | {len(harmless)} | 0 |")
-    sys.exit(right < 0.95 * len(broken) or wrong_lines > 0 or flagged > 0)
+    for what, (right, number), goal in table:
+        print(f"| {what} | {right} | {number} | {goal:.0%} |")
+    sys.exit(any(right < goal * number for _, (right, number), goal in table))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradjax.replay import rounding
-from gradjax.replay.listing import Equation, Listing, Node, Origin
-from gradjax.replay.pairing import arranged, entries_key, merged_arrangements
-from gradjax.replay.sites import COTANGENT, VALUE
+from gradjax.comparison import rounding
+from gradjax.comparison.listing import Equation, Listing, Node, Origin
+from gradjax.comparison.pairing import arranged, entries_key, merged_arrangements
+from gradjax.comparison.sites import COTANGENT, VALUE
 from gradjax.taps.probe import Traced
 
 Index = tuple[int, ...]
+# An equation, and the row of it.
+Place = tuple[Equation, Index]
 # Equations that a difference is not blamed on: they come with other operations.
 PLUMBING = {
     "broadcast_in_dim",
@@ -38,6 +40,20 @@ PLUMBING = {
     VALUE,
 }
 
+# Equations that only move entries.
+_MOVES = {
+    "broadcast_in_dim",
+    "concatenate",
+    "gather",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "stack",
+    "tile",
+    "transpose",
+}
+
 
 class Side:
     """One of the two programs, evaluated.
@@ -48,7 +64,7 @@ class Side:
       listing: its equations.
       data: node -> array.
       leaves: name of each operand.
-      movement: node -> how far rounding moves its entries (`gradjax.replay.rounding.movements`).
+      movement: node -> how far rounding moves its entries (`comparison.rounding.movements`).
       keys: the bits of every node, whatever the order of its entries.
     """
 
@@ -62,6 +78,7 @@ class Side:
         self.keys = {node: _bits(x) for node, x in self.data.items()}
         self._wide: dict[Node, np.ndarray] = {}
         self._allowed: dict[tuple[Node, Index], np.ndarray] = {}
+        self._reach: dict[tuple[Node, Index], float] = {}
 
     def _constants(self) -> Iterator[Node]:
         outputs = [self.listing.loss, *self.listing.grads]
@@ -82,6 +99,7 @@ class Side:
                 inputs.append(node)
         self.movement = rounding.movements(self.listing, self.data, noisy, inputs)
         self._allowed.clear()
+        self._reach.clear()
 
     def inexact(self, node: Node) -> bool:
         """Whether a node holds floating or complex numbers."""
@@ -105,6 +123,14 @@ class Side:
                 found = rounding.allowance(self.array(node, index), own)
             self._allowed[node, index] = found
         return self._allowed[node, index]
+
+    def reach(self, node: Node, index: Index) -> float:
+        """The largest of what `allowed` gives."""
+        if (node, index) not in self._reach:
+            moved = self.movement.get(node)
+            own = np.zeros(1) if moved is None else moved[index]
+            self._reach[node, index] = float(np.max(own[np.isfinite(own)], initial=0.0))
+        return self._reach[node, index]
 
 
 def _bits(x: Any) -> tuple[str, bytes]:
@@ -140,9 +166,8 @@ class Search:
             self._group(node, x)
 
     def _group(self, node: Node, x: Any) -> None:
-        array = self.other.array(node)
-        finite = np.where(np.isfinite(array), np.abs(array), 0.0)
-        flat = finite.reshape(*array.shape[: node.depth], -1)
+        array = np.abs(rounding.wide(x))
+        flat = np.where(np.isfinite(array), array, 0.0).reshape(*array.shape[: node.depth], -1)
         rows = _Rows(node, np.max(flat, axis=-1, initial=0.0), np.sum(flat, axis=-1))
         self._groups.setdefault((_kind(x), flat.shape[-1]), []).append(rows)
 
@@ -152,24 +177,29 @@ class Search:
             self._known[node, index] = self._find(node, index)
         return self._known[node, index]
 
-    def _find(self, node: Node, index: Index) -> bool:
+    def matched_in_order(self, node: Node, index: Index) -> bool:
+        """As `matched`; what only moves entries has a counterpart with the same order of them."""
+        if not isinstance(node.origin, Equation) or node.origin.name not in _MOVES:
+            return self.matched(node, index)
+        return self._find(node, index, in_order=True)
+
+    def _find(self, node: Node, index: Index, in_order: bool = False) -> bool:
         x = self.own.array(node, index)
         if not x.size:
             return True
         allowed = self.own.allowed(node, index)
         group = self._groups.get((_kind(self.own.data[node]), x.size), [])
         return any(
-            self._agree(node, x, allowed, rows.node, place)
+            self._agree(node, x, allowed, rows.node, place, in_order)
             for rows in group
-            for place in self._places(rows, node, index, x, allowed)
+            for place in self._places(rows, node, index, x)
         )
 
-    def _places(
-        self, rows: _Rows, node: Node, index: Index, x: np.ndarray, allowed: np.ndarray
-    ) -> Iterator[Index]:
+    def _places(self, rows: _Rows, node: Node, index: Index, x: np.ndarray) -> Iterator[Index]:
         """The rows of another node that may be a counterpart, by their sizes."""
         finite = np.where(np.isfinite(x), np.abs(x), 0.0)
         largest, total = np.max(finite), np.sum(finite)
+        own = self.own.reach(node, index)
         if rows.node.depth == node.depth:
             if any(i >= n for i, n in zip(index, rows.largest.shape, strict=True)):
                 return
@@ -177,8 +207,8 @@ class Search:
         else:
             places = list(np.ndindex(rows.largest.shape))
         for place in places:
-            slack = 2 * (_most(allowed) + _most(self.other.allowed(rows.node, place)))
-            slack += 1e-2 * slack + self._unit(node, rows.node) * largest
+            slack = own + self.other.reach(rows.node, place)
+            slack += self._unit(node, rows.node) * largest
             near = abs(rows.largest[place] - largest) <= slack
             if near and abs(rows.total[place] - total) <= slack * x.size:
                 yield place
@@ -191,13 +221,22 @@ class Search:
         return min(rounding.epsilon(own), rounding.epsilon(others))
 
     def _agree(
-        self, node: Node, x: np.ndarray, allowed: np.ndarray, other: Node, place: Index
+        self,
+        node: Node,
+        x: np.ndarray,
+        allowed: np.ndarray,
+        other: Node,
+        place: Index,
+        in_order: bool,
     ) -> bool:
         y, others = self.other.array(other, place), self.other.allowed(other, place)
+        if x.ndim > y.ndim and not in_order:
+            # The one with more axes is the one to transpose.
+            x, y, allowed, others = y, x, others, allowed
         dtypes = self.own.data[node].dtype, self.other.data[other].dtype
         orders = [tuple(range(y.ndim))]
         # A square array that is transposed is another one.
-        if x.shape != y.shape:
+        if x.shape != y.shape and not in_order:
             orders = merged_arrangements(x.shape, y.shape)
         for order in orders:
             z, own = arranged(y, order, x.shape), arranged(others, order, x.shape)
@@ -209,10 +248,6 @@ class Search:
             if not rounding.compare(x, z, dtypes, limit).differs:
                 return True
         return False
-
-
-def _most(allowed: np.ndarray) -> float:
-    return float(np.max(allowed[np.isfinite(allowed)], initial=0.0))
 
 
 # The region
@@ -227,11 +262,11 @@ class Region:
       leaves: operands and constants among it.
     """
 
-    equations: list[tuple[Equation, Index]] = field(default_factory=list)
+    equations: list[Place] = field(default_factory=list)
     leaves: list[Node] = field(default_factory=list)
 
     @property
-    def first(self) -> tuple[Equation, Index] | None:
+    def first(self) -> Place | None:
         """Where the region begins; an equation that only comes with others where there is none."""
         chosen = [each for each in self.equations if each[0].name not in PLUMBING]
         return (chosen or self.equations or [None])[0]
@@ -334,4 +369,4 @@ def all_before(listing: Listing, node: Node, stop: Callable[[Node], bool]) -> li
     return sorted(found, key=lambda equation: place[equation])
 
 
-__all__ = ["PLUMBING", "Region", "Search", "Side", "all_before", "region"]
+__all__ = ["PLUMBING", "Place", "Region", "Search", "Side", "all_before", "region"]

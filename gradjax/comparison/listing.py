@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from gradjax.replay.sites import gradient_with_sites
+from gradjax.comparison.sites import gradient_with_sites
 from gradjax.taps.interpret import Site
 from gradjax.taps.jaxprs import (
     INLINE,
@@ -348,7 +348,7 @@ class Listing:
         return list(_all(self.equations))
 
     def named(self, primitive: str) -> dict[str, Node]:
-        """Name -> node, of the values or the cotangents (`gradjax.replay.sites`)."""
+        """Name -> node, of the values or the cotangents (`gradjax.comparison.sites`)."""
         found: dict[str, Node] = {}
         for equation in self.all():
             if equation.name == primitive:

@@ -3,39 +3,42 @@
 The movement is measured (Monte Carlo arithmetic): the program is evaluated again, and every
 operation whose result the other program does not have bit for bit gets an error of random sign,
 
-    |error of y| = eps |y|                         + - * / and square roots; 4 eps |y| for others,
+    |error of y|       = eps |y|                   + - * / and square roots; 4 eps |y| for others,
                                                    which 16-bit dtypes evaluate in float32
-    |error of sum x_i| = eps sqrt(n) sum |x_i|     sums of n terms: dot products, convolutions
+    |error of sum x_i| = eps sqrt(n) (||x||_2 / 2 + |sum x_i| / 4)              sums of n terms
 
-of the dtype it is computed in. The second line is the probabilistic bound of Higham and Mary; sums
-of 16-bit factors are accumulated in float32. Two arrays differ beyond rounding where an entry of
-one is farther from the other's than twice what both moved by, in the largest of `RUNS` evaluations
-and of all entries of about the same size.
+of the dtype it is computed in. The second line is what errors of random sign add up to in a sum
+of terms in random order, one after the other, where partial sums are sqrt(k) rms(x) + k mean(x),
+with about twice the rms of a correctly rounded operation. Where it is more, as it is for terms that
+are sorted, the error is twice what changes if the terms are added from the last to the first. Sums
+of 16-bit factors are accumulated in float32.
+
+Two arrays differ beyond rounding where an entry of one is farther from the other's than both moved
+together, in the largest of `RUNS` evaluations and of all entries of about the same size.
 
 References:
   D. S. Parker, Monte Carlo Arithmetic: how to gamble with floating point and win (2000), Computing
     in Science and Engineering 2(4).
   N. J. Higham and T. Mary, A New Approach to Probabilistic Rounding Error Analysis (2019), SIAM J.
-    Sci. Comput. 41(5), Theorem 2.4.
+    Sci. Comput. 41(5): why errors of random sign give sqrt(n) in place of n.
 """
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from gradjax.replay.listing import Data, Equation, Listing, Node, Signs
+from gradjax.comparison.listing import Data, Equation, Listing, Node, Signs
 from gradjax.taps.jaxprs import bind
 
 # Evaluations with rounding errors.
 RUNS = 4
-# The limit is so many times the movement: a correctly rounded operation errs by half of `eps` at
-# most, and the largest of a few draws lies below that of another few.
-FACTOR = 2.0
 # Entries are of about the same size if their exponents lie in one such range.
 _OCTAVES = 4
 # A smaller entry is allowed what so many of all entries are allowed.
@@ -84,7 +87,9 @@ EXACT = {
     "sort",
     "split",
     "squeeze",
+    "stack",
     "stop_gradient",
+    "tile",
     "transpose",
 }
 _CORRECTLY_ROUNDED = {
@@ -153,31 +158,76 @@ def _terms(eqn: Any) -> int:
     return max(2, sizes[-1] // out)
 
 
-def _sizes(equation: Equation, given: list, out: Any) -> Any:
-    """The largest error of each entry of an output."""
-    eps = epsilon(out)
-    if equation.name not in _SUMS:
-        is_wide = jnp.finfo(out.dtype).bits > 16
-        factor = 4.0 if is_wide and equation.name not in _CORRECTLY_ROUNDED else 1.0
-        return factor * eps * jnp.abs(out)
-    absolute = [jnp.abs(x) if is_inexact(x) else x for x in given]
-    total = bind(equation.eqn, absolute)[0]
-    accumulated = eps
-    if equation.name in ("dot_general", "conv_general_dilated"):
-        accumulated = min(eps, float(jnp.finfo(np.float32).eps))
-    return eps * jnp.abs(out) + accumulated * math.sqrt(_terms(equation.eqn)) * total
+@partial(jax.jit, static_argnames="factor")
+def _moved(x: Any, sign: Any, factor: float) -> Any:
+    """An array with relative errors of some `eps`."""
+    moved = x + factor * epsilon(x) * jnp.abs(x).astype(x.dtype) * sign.astype(x.dtype)
+    return jnp.where(jnp.isfinite(x), moved, x)
+
+
+@partial(jax.jit, static_argnames=("terms", "eps"))
+def _moved_sum(
+    x: Any, sign: Any, squares: Any, scale: Any, turned: Any, terms: int, eps: float
+) -> Any:
+    """The same for sums; `squares` are the sums of the terms' squares, over the scale's."""
+    norm = jnp.abs(scale) * jnp.sqrt(jnp.abs(squares))
+    size = jnp.abs(x)
+    errors = eps * math.sqrt(terms) * (norm / 2 + size / 4)
+    change = jnp.where(jnp.isfinite(x), jnp.abs(turned - x), 0)
+    relative = change / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    errors = jnp.maximum(errors, 2 * jnp.sqrt(jnp.mean(jnp.square(relative))) * norm)
+    moved = x + (errors + epsilon(x) * size).astype(x.dtype) * sign.astype(x.dtype)
+    return jnp.where(jnp.isfinite(x), moved.astype(x.dtype), x)
 
 
 def perturbed(equation: Equation, given: list, out: list, signs: list) -> list:
     """The outputs of an equation with rounding errors of these signs."""
+    if equation.name in _SUMS:
+        return [_perturbed_sum(equation, given, out[0], signs[0])]
     found = []
     for x, sign in zip(out, signs, strict=True):
         if sign is None:
             found.append(x)
             continue
-        moved = x + (_sizes(equation, given, x) * sign.astype(x.dtype)).astype(x.dtype)
-        found.append(jnp.where(jnp.isfinite(x), moved, x))
+        is_wide = jnp.finfo(x.dtype).bits > 16
+        exact = equation.name in _CORRECTLY_ROUNDED
+        found.append(_moved(x, sign, 4.0 if is_wide and not exact else 1.0))
     return found
+
+
+def _perturbed_sum(equation: Equation, given: list, out: Any, sign: Any) -> Any:
+    eqn, eps = equation.eqn, epsilon(out)
+    if equation.name in ("dot_general", "conv_general_dilated"):
+        eps = min(eps, float(jnp.finfo(np.float32).eps))
+    squares, scale = [], jnp.ones((), out.dtype)
+    for x in given:
+        if is_inexact(x):
+            square, largest = _squared(x)
+            squares.append(square)
+            scale = scale * largest.astype(out.dtype)
+        else:
+            squares.append(x)
+    total = bind(eqn, squares)[0]
+    return _moved_sum(out, sign, total, scale, _turned(eqn, given, out), _terms(eqn), eps)
+
+
+@jax.jit
+def _squared(x: Any) -> tuple[Any, Any]:
+    """The squares of an array's entries over its largest, and that one."""
+    size = jnp.abs(x)
+    largest = jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=jnp.finfo(x.dtype).tiny)
+    return jnp.square(size / largest).astype(x.dtype), largest
+
+
+def _turned(eqn: Any, given: list, out: Any) -> Any:
+    """The sums, with their terms added in the reverse order; `out` where that is not simple."""
+    if eqn.primitive.name == "reduce_sum":
+        return bind(eqn, [lax.rev(given[0], eqn.params["axes"])])[0]
+    if eqn.primitive.name == "dot_general":
+        contracted, _ = eqn.params["dimension_numbers"]
+        turned = [lax.rev(x, axes) for x, axes in zip(given, contracted, strict=True)]
+        return bind(eqn, turned)[0]
+    return out
 
 
 def movements(
@@ -192,7 +242,7 @@ def movements(
       inputs: the operands that get one.
 
     Returns:
-      node -> absolute movement, float64, of the shape of its array; inf where a finite number
+      node -> absolute movement, of the shape of its array; inf where a finite number
       became infinite or NaN; nodes that never move are left out.
     """
     found: dict[Node, np.ndarray] = {}
@@ -202,8 +252,7 @@ def movements(
         for node in listing.inputs:
             x = data[node]
             if node in inputs:
-                errors = epsilon(x) * jnp.abs(x) * _signs(generator, x).astype(x.dtype)
-                x = x + errors.astype(x.dtype)
+                x = _moved(x, _signs(generator, x), 1.0)
             operands.append(x)
         signs: Signs = {}
         for each in noisy:
@@ -222,14 +271,20 @@ def _add(found: dict[Node, np.ndarray], data: Data, moved: Data) -> None:
     for node, x in moved.items():
         if not is_inexact(x):
             continue
-        before, after = wide(data[node]), wide(x)
+        before, after = _at_least_single(data[node]), _at_least_single(x)
         with np.errstate(invalid="ignore", over="ignore"):
             distance = np.abs(after - before)
-        both = np.isfinite(before) & np.isfinite(after)
-        distance = np.where(both, distance, np.where(np.isfinite(before), np.inf, 0.0))
+        if not np.isfinite(distance).all():
+            both = np.isfinite(before) & np.isfinite(after)
+            distance = np.where(both, distance, np.where(np.isfinite(before), np.inf, 0.0))
         if distance.any():
             known = found.get(node)
             found[node] = distance if known is None else np.maximum(known, distance)
+
+
+def _at_least_single(x: Any) -> np.ndarray:
+    array = np.asarray(x)
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
 
 
 def wide(x: Any) -> np.ndarray:
@@ -354,8 +409,8 @@ def compare(
 
 
 def together(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """How far two entries may lie apart that may each be off by so much."""
-    return FACTOR * np.hypot(first, second)
+    """How far two entries may lie apart that move by so much, each by itself."""
+    return np.hypot(first, second)
 
 
 __all__ = [

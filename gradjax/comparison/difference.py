@@ -2,11 +2,11 @@
 
     value_a  !=  value_b      both programs of value and gradient, one equation at a time
 
-Both losses are traced and evaluated with every value in between (`gradjax.replay.listing`). Named
+Both losses are traced and evaluated with every value in between (`comparison.listing`). Named
 values, their cotangents and the parameters' gradients are compared; what rounding explains is
-measured by evaluating both again with errors of its size (`gradjax.replay.rounding`). From the
-first value that differs, the walk back to what both programs have (`gradjax.replay.counterparts`)
-ends at the equation. Cost: one compilation for each distinct operation, and the memory of all
+measured by evaluating both again with errors of its size (`comparison.rounding`). From the first
+value that differs, the walk back to what both programs have (`comparison.counterparts`) ends at the
+equation. Cost: one compilation for each distinct operation, and the memory of all
 values; five evaluations, one where the programs are equal bit for bit.
 """
 
@@ -18,10 +18,12 @@ from typing import Any
 
 import jax
 
+from gradjax.comparison.blame import Blame, blame
+from gradjax.comparison.compared import Compared, Pairs, Row
+from gradjax.comparison.counterparts import Side
+from gradjax.comparison.dtypes import blame_dtype, dtype_differs
+from gradjax.comparison.literals import other_constant
 from gradjax.replay import source
-from gradjax.replay.blame import blame, blame_dtype, dtype_differs
-from gradjax.replay.compared import Compared, Pairs, Row
-from gradjax.replay.counterparts import Side
 from gradjax.replay.source import Line
 from gradjax.taps.probe import Traced, trace
 
@@ -39,6 +41,8 @@ class FirstDifference:
       line_a, line_b: the user's lines of the first equation whose result the other program does not
         have; None where none is known.
       primitive_a, primitive_b: that equation; "" where there is none.
+      iterations: the index of the first row that differs of a value in a loop, the outermost loop
+        first; () outside of loops.
       ulps, ratio: of the value, as in `Row`.
       words: what differs, in a sentence.
     """
@@ -50,6 +54,7 @@ class FirstDifference:
     line_b: Line | None
     primitive_a: str
     primitive_b: str
+    iterations: tuple[int, ...]
     ulps: float
     ratio: float
     words: str
@@ -162,33 +167,50 @@ def _side(name: str, traced: Traced) -> Side:
 
 
 def _first(a: Side, b: Side, found: list[Compared]) -> FirstDifference | None:
-    differing = next((each for each in found if each.row.differs), None)
     unequal = [each for each in found if not each.row.equal]
-    dtype = next((each for each in unequal if dtype_differs(a, b, each)), None)
-    if differing is None and dtype is None:
+    first = _earliest(unequal)
+    if first is None:
         return None
-    item = differing or dtype
-    assert item is not None
-    if differing is not None:
-        where = blame(a, b, item)
-        words = where.words
-        if dtype is not None:
-            words += f" {blame_dtype(a, b, dtype).words} The difference is beyond that."
-    else:
-        where = blame_dtype(a, b, item)
-        words = f"{where.words} Rounding explains how far the values differ."
+    constant = other_constant(a, b, first)
+    if constant is not None:
+        return _described(first.kind, first, constant, "")
+    differing = _earliest([each for each in found if each.row.differs])
+    dtype = next((each for each in unequal if dtype_differs(a, b, each)), None)
+    also = ""
+    if dtype is not None:
+        other = blame_dtype(a, b, dtype)
+        if differing is None:
+            also = "Rounding explains how far the values differ."
+            return _described("dtype", dtype, other, also)
+        also = f"{other.words} The difference is beyond that."
+    if differing is None:
+        return None
+    return _described(differing.kind, differing, blame(a, b, differing), also)
+
+
+def _described(kind: str, item: Compared, where: Blame, also: str) -> FirstDifference:
     return FirstDifference(
-        kind="dtype" if differing is None else item.kind,
+        kind=kind,
         name_a=item.row.name_a,
         name_b=item.row.name_b,
         line_a=where.line_a,
         line_b=where.line_b,
         primitive_a=where.primitive_a,
         primitive_b=where.primitive_b,
+        iterations=item.indices[0] or item.indices[1],
         ulps=item.row.ulps,
         ratio=item.row.ratio,
-        words=words,
+        words=f"{where.words} {also}".rstrip(),
     )
+
+
+def _earliest(found: list[Compared]) -> Compared | None:
+    """The first of some values; in a loop, one iteration comes after the other."""
+    same_kind = [each for each in found if each.kind == found[0].kind]
+    for k in range(2):
+        if same_kind and all(each.nodes[k] is not None for each in same_kind):
+            return min(same_kind, key=lambda each: each.place(k))
+    return next(iter(found), None)
 
 
 # Text output
@@ -227,14 +249,19 @@ def _agreement(found: Difference) -> str:
     )
     if all(row.equal for row in rows) and found.losses[0] == found.losses[1]:
         return f"The programs agree: the loss and {what} are equal bit for bit."
-    most = max((row.ulps for row in rows), default=0.0)
-    return f"The programs agree: {what} are equal within rounding, at most {most:.3g} ulp apart."
+    most = max((row.ulps / max(row.limit, 1.0) for row in rows), default=0.0)
+    return (
+        f"The programs agree: {what} are equal within rounding, "
+        f"at most {most:.2g} of what it explains apart."
+    )
 
 
 def _headline(first: FirstDifference) -> str:
     name = first.name_a
     if first.name_b != first.name_a:
         name += f" (in b {first.name_b})"
+    if first.iterations:
+        name += f", iteration {', '.join(map(str, first.iterations))}"
     if first.kind == "dtype":
         return f"The programs compute in different dtypes, first at {name}."
     what = "the loss" if first.kind == "loss" else f"the {_KINDS[first.kind]} {name}"
