@@ -16,7 +16,7 @@ from gradjax.comparison.describe import same_operation
 from gradjax.comparison.listing import Equation, Node
 
 # So many times what rounding explains, since constants come rounded too.
-_FACTOR = 4.0
+_FACTOR = 2.0
 
 
 def other_constant(a: Side, b: Side, item: Compared) -> Blame | None:

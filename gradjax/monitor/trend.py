@@ -63,6 +63,13 @@ class Trend:
         """
         if not steps:
             return
+        # What growth is measured from is learned before it is asked for.
+        missing = FIRST_STEPS - len(self._first)
+        if 0 < missing < len(steps):
+            for part in (slice(missing), slice(missing, None)):
+                rows = norms[part], losses[part], known[part]
+                yield from self.new_alerts(steps[part], *rows, alive)
+            return
         if not self._zeros.size:
             self._zeros = np.zeros(losses.shape[1], int)
         # Calm steps, which nearly all are, need no look at each.

@@ -110,6 +110,18 @@ def test_normalization(options, name, a, b, text):
     assert text in str(found)
 
 
+def test_eps_that_rounding_hides_is_found_by_its_operation():
+    def wide(eps):
+        return model(norm=lambda h: normalized(4.0 * h, eps=eps))
+
+    found = difference(wide(1e-5), PARAMS, wide(4e-6), PARAMS, X)
+    check(found, "value", "norm", "add", "add")
+    assert "1e-05 in a, 4e-06 in b" in found.first.words
+    # a constant that is rounded otherwise
+    scale = float(np.nextafter(np.float32(0.7), np.float32(1)))
+    assert not difference(model(scale=0.7), PARAMS, model(scale=scale), PARAMS, X)
+
+
 def test_operands_that_differ_are_in_the_words():
     found = difference(model(), PARAMS, model(scale=4.0), PARAMS, X)
     check(found, "value", "scaled", "mul", "mul")
