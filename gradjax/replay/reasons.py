@@ -211,9 +211,9 @@ def explain(facts: Facts) -> Reason:
         "forward": facts.forward,
         "a": _number(scalar(facts, 0)),
         "dtype": dtype.name,
-        "largest": f"{float(jnp.finfo(dtype).max):.3g}",
+        "largest": f"{float(jnp.finfo(dtype).max):.5g}",
         "how_far": _how_far(facts),
-        "loss_scale": f"{facts.loss_scale or math.nan:g}",
+        "loss_scale": f"2^{math.log2(facts.loss_scale):.0f}" if facts.loss_scale else "",
     }
     if name == "division_by_zero" and facts.primitive != "div":
         given["a"] = "1"
