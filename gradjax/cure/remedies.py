@@ -209,7 +209,7 @@ ADVICE = (
     "reset_optimizer_state", "check_data", "random_initialization", "qk_norm", "scale_logits",
     "zero_biases", "lower_input_frequency", "shallower_network", "use_the_layer",
     "remove_stop_gradient", "loss_scaling", "raise_max_norm", "lower_max_norm", "bfloat16",
-    "loss_of_logits", "remove_clipping",
+    "loss_of_logits", "remove_clipping", "clip_without_that_leaf",
 )  # fmt: skip
 
 

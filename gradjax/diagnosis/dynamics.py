@@ -1,7 +1,6 @@
 """What a few steps of the user's optimiser, its state and a history of losses show of training."""
 
 import functools
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax import lax
 from gradjax import matrix_free
 from gradjax.core import scale
 from gradjax.core.unwrap import optimizer_state, plain
+from gradjax.diagnosis.clipped import Note, gathered, noting
 from gradjax.diagnosis.probing import Measurement
 from gradjax.diagnosis.rules import Dynamics
 from gradjax.replay.nonfinite import NonFinite, search_update
@@ -51,11 +51,13 @@ def observe(
 
     losses, seen, clipping, bad = np.zeros(0), {}, (), _bad_moments(opt_state, params)
     culprit = None
-    largest, log_norms, max_norms = None, None, _max_norms(tx)
+    largest, log_norms, clips, at_rest = None, None, (), ()
     if tx is not None:
         state = tx.init(plain(params)) if opt_state is None else opt_state
-        run = _training(scalar, tx, args)
-        losses, state, entries, log_norms = _steps(run, params, state, num_steps)
+        notes: list[Note] = []
+        run = _training(scalar, tx, args, notes)
+        losses, state, entries, log_norms, noted, at_rest = _steps(run, params, state, num_steps)
+        clips = gathered(notes, noted)
         largest = float(np.max(entries))
         culprit = _bad_update(run, tx, params, opt_state, losses, entries, log_norms)
         seen = {key: np.asarray(value) for key, value in telemetry(state).items()}
@@ -65,7 +67,7 @@ def observe(
             bad = _bad_moments(state, params)
     elif opt_state is None:
         not_run["frozen_optimizer"] = "needs opt_state or tx"
-    if not max_norms and not clipping:
+    if not clips and not clipping:
         not_run["clipping_always, clipping_never"] = (
             "need tx that clips: a rule of gradjax.transforms, or by norm"
         )
@@ -85,7 +87,8 @@ def observe(
         opt_bad=bad,
         largest_update=largest,
         log_norms=log_norms,
-        max_norms=max_norms,
+        clips=clips,
+        at_rest=at_rest,
         half=any(x.dtype == jnp.float16 for x in jax.tree.leaves(params)),
         sharpness=sharpness,
         learning_rate=learning_rate,
@@ -105,42 +108,13 @@ def _losses(history: Any) -> np.ndarray:
     return np.asarray(past, float)
 
 
-def _max_norms(tx: Any) -> tuple[float, ...]:
-    """The thresholds of `optax.clip_by_global_norm` inside an optimiser; as that rule keeps no
-    state, they are read from the closures of the update functions.
-    """
-    found: list[Any] = []
-    todo: list[Any] = [getattr(tx, "update", None)]
-    known: set[int] = set()
-    while todo:
-        function: Any = todo.pop()
-        if isinstance(function, tuple | list):
-            todo += function
-            continue
-        if id(function) in known or not isinstance(function, types.FunctionType):
-            continue
-        known.add(id(function))
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        inside = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
-        of_optax = function.__module__.startswith("optax")
-        if of_optax and function.__qualname__.startswith("clip_by_global_norm."):
-            found.append(inside.get("max_norm"))
-        todo += [getattr(value, "update", value) for value in inside.values()]
-    return tuple(float(x) for x in found if isinstance(x, int | float))
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _training(scalar: Callable, tx: optax.GradientTransformation, args: tuple) -> Callable:
+def _training(
+    scalar: Callable, tx: optax.GradientTransformation, args: tuple, notes: list[Note]
+) -> Callable:
     """(params, optimiser's state, number of steps) -> (the two after them, what was seen of each
-    step, the last gradient); compiled.
+    step, the last gradient); compiled. The clipping rules fill `notes`.
     """
-    tx = optax.with_extra_args_support(tx)
+    optimizer = noting(tx, notes)
     arrays, merge = arrays_of(args), merger(args)
 
     def largest_entry(updates: PyTree) -> Any:
@@ -152,13 +126,18 @@ def _training(scalar: Callable, tx: optax.GradientTransformation, args: tuple) -
             return scalar(p, *merge(arrays))
 
         def step(carry, _):
+            # A loop may be traced more than once.
+            notes.clear()
             params, state = carry
             loss, grads = jax.value_and_grad(loss_of)(params)
             old, grads = plain(params), plain(grads)
-            updates, state = tx.update(grads, state, old, value=loss, grad=grads, value_fn=loss_of)
+            more = {"value": loss, "grad": grads, "value_fn": loss_of}
+            updates, state = optimizer.update(grads, state, old, **more)
             new = jax.tree.leaves(optax.apply_updates(old, updates))
             params = jax.tree.unflatten(jax.tree.structure(params), new)
-            seen = loss, largest_entry(jax.tree.leaves(updates)), scale.log_norm(grads)
+            noted = [tuple(note)[2:] for note in notes]
+            largest = largest_entry(jax.tree.leaves(updates))
+            seen = loss, largest, scale.log_norm(grads), noted
             return (params, state), seen
 
         (params, state), seen = lax.scan(step, (params, state), None, length=num_steps)
@@ -170,18 +149,26 @@ def _training(scalar: Callable, tx: optax.GradientTransformation, args: tuple) -
 
 def _steps(
     run: Callable, params: PyTree, state: PyTree, num_steps: int
-) -> tuple[np.ndarray, PyTree, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, PyTree, np.ndarray, np.ndarray, list, tuple[str, ...]]:
     """Training on one batch.
 
     Returns:
       losses (num_steps + 1,) before each step and after the last, the optimiser's state, the
-      largest absolute entry of each update, and the gradients' log norms, (num_steps,) both.
+      largest absolute entry of each update and the gradients' log norms, (num_steps,) both, what
+      the clipping rules noted, and the parameters that did not move.
     """
     # Optax's own rules mix dtypes
     with jax.numpy_dtype_promotion("standard"):
-        _, state, (losses, largest, norms), last_loss, _ = run(params, state, num_steps)
+        after, state, (losses, largest, norms, noted), last_loss, _ = run(params, state, num_steps)
     losses = np.append(np.asarray(losses, float), float(last_loss))
-    return losses, state, np.asarray(largest, float), np.asarray(norms, float)
+    moved = jax.tree.map(lambda x, y: bool(np.any(np.asarray(x) != np.asarray(y))), params, after)
+    at_rest = tuple(
+        jax.tree_util.keystr(path)
+        for path, has_moved in jax.tree_util.tree_leaves_with_path(plain(moved))
+        if not has_moved
+    )
+    largest, norms = np.asarray(largest, float), np.asarray(norms, float)
+    return losses, state, largest, norms, noted, at_rest
 
 
 def _bad_update(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from gradjax.diagnosis.clipped import Clip
 from gradjax.diagnosis.evidence import Evidence
 from gradjax.diagnosis.rules import Dynamics
 from gradjax.diagnosis.underflow import Underflow
@@ -133,6 +134,14 @@ def clipped(fraction: float, *of_leaves: float, declared: bool = True) -> Dynami
     return Dynamics(np.ones(21), telemetry, clipping=(rule,) if declared else ())
 
 
+def clip(log_size: float, log_norms: np.ndarray) -> Clip:
+    """Optax's global clip at 1, given a norm of that size in every step."""
+    steps, leaves = log_norms.shape
+    names = tuple(f"w{i}" for i in range(leaves))
+    size = np.full((steps, 1), log_size)
+    return Clip("clip_by_global_norm", names, size, np.zeros(steps), log_norms)
+
+
 def culprit(**changes) -> NonFinite:
     """An overflow of the forward pass in the fourth layer, with changes."""
     line = Line("model.py", 7, 7, 8, 20, "loss_fn")
@@ -228,7 +237,8 @@ PLANTED: dict[str, list[Callable[[], Evidence | Dynamics]]] = {
     "clipping_always": [
         lambda: clipped(1.0),
         lambda: clipped(1.0, 0.995),
-        lambda: _dynamics(np.ones(21), log_norms=np.ones(20), max_norms=(0.1,)),
+        lambda: _dynamics(np.ones(21), clips=(clip(1.0, np.zeros((20, 2))),)),
+        lambda: _dynamics(np.ones(21), clips=(clip(9.0, np.tile([9.0, 0.0], (20, 1))),)),
     ],
     "clipping_never": [lambda: clipped(0.0), lambda: clipped(0.0, 0.0)],
 }

@@ -392,15 +392,18 @@ PATHOLOGIES: tuple[Pathology, ...] = (
         name="clipping_always",
         meaning="every step is clipped: the threshold has become the learning rate",
         first_remedy="raise it to what the gradients are, or `autoclip`",
-        criterion="a clipping rule of ours, or `optax.clip_by_global_norm`, clipped in 99% of the "
-        "steps",
+        criterion="a clipping rule of ours or of Optax clipped in 99% of the steps, every leaf "
+        "where it judges each",
         source="then the threshold sets the step, not the gradient",
         threshold=training.ALWAYS_CLIPPED,
         words=(
+            "{place} clips every step, and {leaf} makes {leaf_fraction:.0%} of the norm: the "
+            "others are clipped because of it. Cause: {cause}.",
             "{place} clips every step: its threshold sets the step, not the gradient. "
             "Cause: {cause}.",
         ),
         remedies=("raise_max_norm", "autoclip"),
+        by_cause={"frozen_leaf": ("clip_without_that_leaf",)},
         rules=(training.clipping,),
         when="training",
     ),

@@ -3,11 +3,12 @@ thresholds of clipping.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from gradjax.diagnosis.clipped import Clip
 from gradjax.diagnosis.rules.finding import Finding, of_culprit, where
 from gradjax.replay.nonfinite import NonFinite
 
@@ -17,6 +18,7 @@ SPIKE_WINDOW = 16  # losses that a spike is compared with
 SPIKE_DEVIATIONS = 6.0
 ALWAYS_CLIPPED = 0.99
 FEWEST_STEPS = 10  # of a clip fraction that is judged
+ONE_LEAF = 0.9  # of the squares in a global norm
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Dynamics:
       opt_bad: leaves of the optimiser's state that hold inf or NaN.
       largest_update: the largest absolute entry of an update in any of the steps.
       log_norms: (steps,) log norms of the gradients.
-      max_norms: thresholds of Optax's clip_by_global_norm in the optimiser.
+      at_rest: key paths of the parameters that no step moved.
+      clips: what Optax's clipping rules in the optimiser were given in each step.
       half: whether parameters are in float16.
       sharpness: the largest eigenvalue of the loss's Hessian.
       learning_rate: of plain gradient descent.
@@ -43,7 +46,8 @@ class Dynamics:
     opt_bad: tuple[str, ...] = ()
     largest_update: float | None = None
     log_norms: np.ndarray | None = None
-    max_norms: tuple[float, ...] = ()
+    clips: tuple[Clip, ...] = ()
+    at_rest: tuple[str, ...] = ()
     half: bool = False
     sharpness: float | None = None
     learning_rate: float | None = None
@@ -162,17 +166,9 @@ def loss_spikes(d: Dynamics) -> list[Finding]:
 def clipping(d: Dynamics) -> list[Finding]:
     """A threshold that clips every step, or none."""
     out = []
-    norms = d.log_norms
-    if norms is not None and len(norms) >= FEWEST_STEPS and np.isfinite(norms).all():
-        for limit in d.max_norms:
-            fraction = float(np.mean(norms > math.log(max(limit, 1e-300))))
-            evidence = {
-                "clip_fraction": fraction,
-                "steps": len(norms),
-                "max_norm": limit,
-                "log2_norm": float(np.median(norms)) / math.log(2),
-            }
-            out += _clipped("clip_by_global_norm", fraction, fraction, evidence)
+    for clip in d.clips:
+        if len(clip.log_limit) >= FEWEST_STEPS and np.isfinite(clip.log_size).any():
+            out += _of_optax(clip, d.at_rest)
     for rule in d.clipping:
         fractions = _field(d.telemetry, rule, "clip_fraction")
         steps = float(d.telemetry.get(f"{rule}/count", 0))
@@ -183,6 +179,29 @@ def clipping(d: Dynamics) -> list[Finding]:
         evidence = {"clip_fraction": lowest, "steps": steps, "log2_norm": log2_norm}
         out += _clipped(rule, lowest, highest, evidence)
     return out
+
+
+def _of_optax(clip: Clip, at_rest: tuple[str, ...]) -> list[Finding]:
+    """The finding for a rule of Optax, by what it was given."""
+    fractions = np.mean(clip.log_size > clip.log_limit[:, None], axis=0)
+    lowest, highest = float(fractions.min()), float(fractions.max())
+    evidence = {
+        "clip_fraction": lowest,
+        "steps": len(clip.log_limit),
+        "max_norm": float(np.exp(np.median(clip.log_limit))),
+        "log2_norm": float(np.median(clip.log_size)) / math.log(2),
+    }
+    found = _clipped(clip.rule, lowest, highest, evidence)
+    with np.errstate(invalid="ignore"):
+        squares = np.exp(2 * (clip.log_norms - np.max(clip.log_norms, 1, keepdims=True)))
+    parts = np.median(squares / squares.sum(1, keepdims=True), axis=0)
+    largest = int(np.argmax(parts))
+    is_global = clip.log_size.shape[1] == 1 and len(clip.leaves) > 1
+    if not found or lowest < ALWAYS_CLIPPED or not is_global or not parts[largest] > ONE_LEAF:
+        return found
+    evidence |= {"leaf": clip.leaves[largest], "leaf_fraction": float(parts[largest])}
+    cause = "frozen_leaf" if evidence["leaf"] in at_rest else found[0].cause
+    return [replace(found[0], cause=cause, evidence=evidence)]
 
 
 def _field(telemetry: dict[str, np.ndarray], rule: str, field: str) -> np.ndarray:
