@@ -190,7 +190,7 @@ def _bad_update(
     state = tx.init(plain(params)) if opt_state is None else opt_state
     with jax.numpy_dtype_promotion("standard"):
         params, state, _, _, grads = run(params, state, step)
-    culprit = search_update(tx, state, plain(params), plain(grads))
+    culprit = search_update(tx, state, plain(params), plain(grads), losses[step])
     return None if culprit is None else (step, culprit)
 
 

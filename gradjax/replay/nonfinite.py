@@ -26,7 +26,6 @@ from gradjax.core.unwrap import optimizer_state, plain
 from gradjax.replay import reasons, source
 from gradjax.replay.causes import Facts, sources
 from gradjax.replay.gradient import forward_of, gradient_jaxpr
-from gradjax.replay.reasons import Reason
 from gradjax.replay.source import Line
 from gradjax.replay.tape import Input, Value, inputs, record
 from gradjax.replay.twice import what_changes
@@ -156,7 +155,7 @@ def find_nonfinite(
         grads = [value.data for value in outputs[1:]]
         grads = jax.tree.unflatten(jax.tree.structure(values), grads)
         state = tx.init(values) if opt_state is None else optimizer_state(opt_state)
-        culprit = search_update(tx, state, values, grads)
+        culprit = search_update(tx, state, values, grads, loss)
     if culprit is None and not note:
         note = _nothing(gradient, traced, loss, tx is not None)
     return Search(culprit, loss, note)
@@ -189,7 +188,7 @@ def search(
     culprit, i = min(found, key=lambda each: each[0].order)
     reached = names.of_gradient(i)
     if culprit.step is None:
-        return _given(culprit, reached, names), outputs
+        return _given(culprit, reached, *names.of_given(culprit.value)), outputs
     forward = forward_of(traced.jaxpr, culprit.step)
     facts = _facts(culprit, "backward" if i else "forward")._replace(
         forward=culprit.step.name if forward is None else forward.primitive.name,
@@ -221,8 +220,11 @@ class Names:
         """What output number `i` of the gradient's program is."""
         return f"the gradient of {self.leaves[i - 1] or 'params'}" if i else "the loss"
 
-    def of_input(self, i: int) -> tuple[str, str]:
-        """(phase, name) of an operand."""
+    def of_given(self, value: Value) -> tuple[str, str]:
+        """(phase, name) of an operand, or of a constant of the program."""
+        if not isinstance(value.origin, Input):
+            return "data", "an array that the loss function holds"
+        i = value.origin.index
         if i < len(self.leaves):
             return "parameter", self.leaves[i] or "params"
         return "data", self.arguments[i - len(self.leaves)]
@@ -292,24 +294,22 @@ def _near(facts: Facts) -> str:
     return f"{name}[{iterations[-1][1]}]" if iterations else name
 
 
-def _given(culprit: Culprit, reached: str, names: Names) -> NonFinite:
+# How a value that was given is called, by its phase.
+_OF_GIVEN = {"data": "bad_data", "parameter": "bad_parameter", "optimizer": "bad_state"}
+
+
+def _given(culprit: Culprit, reached: str, phase: str, name: str) -> NonFinite:
     """The description of a value that was inf or NaN from the start."""
-    value = culprit.value
-    if isinstance(value.origin, Input):
-        phase, name = names.of_input(value.origin.index)
-    else:
-        phase, name = "data", "an array that the loss function holds"
-    reason_name = "bad_parameter" if phase == "parameter" else "bad_data"
-    words, remedies = reasons.REASONS[reason_name]
-    reason = Reason(reason_name, words, remedies)
+    value, reason = culprit.value, _OF_GIVEN[phase]
+    words, remedies = reasons.REASONS[reason]
     return NonFinite(
         phase=phase,
         reached=reached,
         primitive="",
         forward="",
-        reason=reason.name,
-        words=reason.words,
-        remedies=reason.remedies,
+        reason=reason,
+        words=words,
+        remedies=remedies,
         line=None,
         callers=(),
         module="",
@@ -356,15 +356,19 @@ def _loss_scale(loss: Value | None) -> float | None:
 # The optimiser
 
 
-def search_update(tx: Any, state: PyTree, params: PyTree, grads: PyTree) -> NonFinite | None:
-    """Search one step of an optimiser, of a gradient that is finite."""
+def search_update(
+    tx: Any, state: PyTree, params: PyTree, grads: PyTree, loss: float
+) -> NonFinite | None:
+    """Search one step of an optimiser, of a loss and a gradient that are finite."""
     import optax
 
+    optimizer = optax.with_extra_args_support(tx)
     leaves, tree = jax.tree.flatten((params, grads, state))
 
     def update(*operands):
         old, own_grads, own_state = jax.tree.unflatten(tree, operands)
-        updates, _ = tx.update(own_grads, own_state, old)
+        more = {"value": jnp.asarray(loss, jnp.float32), "grad": own_grads}
+        updates, _ = optimizer.update(own_grads, own_state, old, **more)
         return [*jax.tree.leaves(updates), *jax.tree.leaves(optax.apply_updates(old, updates))]
 
     with jax.numpy_dtype_promotion("standard"):
@@ -378,25 +382,17 @@ def search_update(tx: Any, state: PyTree, params: PyTree, grads: PyTree) -> NonF
     culprit, i = min(found, key=lambda each: each[0].order)
     reached = f"the {'update of' if i < count else 'new'} {names[i % count] or 'params'}"
     if culprit.step is None:
-        return _given_to_optimizer(culprit, reached, state, 2 * count)
+        return _given(culprit, reached, "optimizer", _of_state(culprit.value, state, 2 * count))
     return replace(_found(_facts(culprit, "optimizer"), reached, None), name=names[i % count])
 
 
-def _given_to_optimizer(culprit: Culprit, reached: str, state: PyTree, start: int) -> NonFinite:
-    """An update that is not finite because the optimiser's state is not."""
-    paths = jax.tree_util.tree_leaves_with_path(state)
-    origin = culprit.value.origin
-    index = origin.index - start if isinstance(origin, Input) else -1
-    name = f"opt_state{jax.tree_util.keystr(paths[index][0])}" if index >= 0 else "a constant"
-
-    class Named:
-        leaves: tuple[str, ...] = ()
-
-        @staticmethod
-        def of_input(_: int) -> tuple[str, str]:
-            return "optimizer", name
-
-    return replace(_given(culprit, reached, Named()), phase="optimizer")  # type: ignore[arg-type]
+def _of_state(value: Value, state: PyTree, start: int) -> str:
+    """The name of a leaf of an optimiser's state, whose leaves are operands from `start` on."""
+    index = value.origin.index - start if isinstance(value.origin, Input) else -1
+    if index < 0:
+        return "a constant of the optimiser"
+    path, _ = jax.tree_util.tree_leaves_with_path(state)[index]
+    return f"opt_state{jax.tree_util.keystr(path)}"
 
 
 def _nothing(gradient: Any, traced: Traced, loss: float, with_update: bool) -> str:

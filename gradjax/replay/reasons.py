@@ -190,6 +190,13 @@ REASONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "look at how the batch was made",
         ),
     ),
+    "bad_state": (
+        "it was given that way: it stands in the optimiser's state.",
+        (
+            "start the state anew: tx.init(params)",
+            "from then on: gradjax.transforms.restore_moments",
+        ),
+    ),
     "bad_parameter": (
         "it was given that way: it stands in the parameters.",
         (

@@ -46,7 +46,7 @@ def test_the_planted_programs_have_every_reason():
     assert len(BROKEN) >= 60 and len(HARMLESS) >= 40
     assert {case.name for case in BROKEN} >= FAST
     unplanted = set(REASONS) - {case.reason for case in BROKEN}
-    assert unplanted == {"invalid_operation", "kernel"}
+    assert unplanted == {"invalid_operation", "kernel", "bad_state"}
 
 
 @pytest.mark.parametrize("case", parameters(ONE_DEVICE, lambda case: case.name in FAST))
@@ -164,4 +164,9 @@ def test_a_state_that_is_not_finite_is_named():
     state = tx.init(jnp.eye(3))
     bad = (state[0]._replace(mu=state[0].mu.at[0, 0].set(jnp.nan)), *state[1:])
     found = find_nonfinite(mean_square, jnp.eye(3), jnp.ones((2, 3)), tx=tx, opt_state=bad).culprit
-    assert (found.phase, found.name) == ("optimizer", "opt_state[0].mu")
+    assert (found.phase, found.name, found.reason) == ("optimizer", "opt_state[0].mu", "bad_state")
+
+
+def test_an_optimiser_that_needs_the_loss_gets_it():
+    tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    assert not find_nonfinite(mean_square, jnp.eye(3), jnp.ones((2, 3)), tx=tx)
