@@ -52,7 +52,8 @@ def test_page_of_docs(page, tmp_path, monkeypatch):
     """One after the other, as a reader runs them: what one block defines the next may use."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__page__"}
-    with jax.numpy_dtype_promotion("standard"):  # as readers have it, and Optax needs it
+    # as readers have it, and Optax needs it
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for number, text in enumerate(blocks(page)):
             run(text, f"{page.name} block {number}", names)
 
