@@ -161,11 +161,13 @@ def _steps(
     with jax.numpy_dtype_promotion("standard"):
         after, state, (losses, largest, norms, noted), last_loss, _ = run(params, state, num_steps)
     losses = np.append(np.asarray(losses, float), float(last_loss))
-    moved = jax.tree.map(lambda x, y: bool(np.any(np.asarray(x) != np.asarray(y))), params, after)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(plain(params)), jax.tree.leaves(after), strict=True
+    )
     at_rest = tuple(
         jax.tree_util.keystr(path)
-        for path, has_moved in jax.tree_util.tree_leaves_with_path(plain(moved))
-        if not has_moved
+        for (path, x), y in pairs
+        if np.array_equal(np.asarray(x), np.asarray(y))
     )
     largest, norms = np.asarray(largest, float), np.asarray(norms, float)
     return losses, state, largest, norms, noted, at_rest
