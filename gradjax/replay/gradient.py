@@ -5,7 +5,6 @@ equation, which is how a backward operation finds the forward one. What a custom
 `custom_vjp`) computes has lines of its own, in the rule; the call is named by a scope.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +21,6 @@ from gradjax.taps.probe import Traced
 _RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 # They come with other operations and are not what a user wrote.
 _PLUMBING = {"broadcast_in_dim", "reshape", "gradjax_name", "copy"}
-_calls = itertools.count()
 
 
 def gradient_jaxpr(traced: Traced) -> ClosedJaxpr:
@@ -46,8 +44,7 @@ def _with_calls_named(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     eqns = []
     for eqn in jaxpr.jaxpr.eqns:
         if _has_rule(eqn):
-            scope = f"call:{next(_calls)}"
-            source.CALLS[scope] = eqn
+            scope = source.named_call(eqn)
             params = {key: _inside_named(value) for key, value in eqn.params.items()}
             if isinstance(params.get("bwd"), linear_util.WrappedFun):
                 params["bwd"] = _traced_apart(params["bwd"])

@@ -6,6 +6,7 @@ frames up to the border of that function; the equations around it have the other
 """
 
 import functools
+import itertools
 import linecache
 import os
 import sys
@@ -112,8 +113,7 @@ def lines(eqns: Sequence[Any]) -> tuple[Line, ...]:
     for eqn in reversed(eqns):
         found += _own_frames(eqn)
         for name in reversed(scopes(eqn)):
-            if name in CALLS:
-                found += _own_frames(CALLS[name])
+            found += _calls.get(name, ())
     for rank in range(4):
         chosen = [frame for frame in found if _rank(frame[0].co_filename) <= rank]
         if chosen:
@@ -121,9 +121,24 @@ def lines(eqns: Sequence[Any]) -> tuple[Line, ...]:
     return ()
 
 
-# Scope -> the call of a function with a rule of its own, from which the scope's equations were
-# traced (`gradjax.replay.gradient`).
-CALLS: dict[str, Any] = {}
+# Begins the scope that stands for the call of a function with a rule of its own.
+_CALL = "call:"
+# Scope -> frames of the call, the last ones only: code objects and numbers, no program is kept.
+_calls: dict[str, list[tuple[Any, int]]] = {}
+_MOST_CALLS = 2**14
+_numbers = itertools.count()
+
+
+def named_call(eqn: Any) -> str:
+    """A scope that leads to the lines of an equation from what is traced inside of it.
+
+    `gradjax.replay.gradient` opens it around a rule, whose equations have lines of their own.
+    """
+    scope = f"{_CALL}{next(_numbers)}"
+    _calls[scope] = _own_frames(eqn)
+    while len(_calls) > _MOST_CALLS:
+        _calls.pop(next(iter(_calls)))
+    return scope
 
 
 def _own_frames(eqn: Any) -> list[tuple[Any, int]]:
@@ -163,7 +178,7 @@ def module_path(eqns: Iterable[Any]) -> str:
     Args:
       eqns: as in `lines`.
     """
-    names = [name for eqn in eqns for name in scopes(eqn) if name not in CALLS]
+    names = [name for eqn in eqns for name in scopes(eqn) if not name.startswith(_CALL)]
     modules = [name.removeprefix(SCOPE) for name in names if name.startswith(SCOPE)]
     if modules and modules[-1]:
         return modules[-1]

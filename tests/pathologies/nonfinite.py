@@ -7,6 +7,7 @@ prints the table, each miss with its text. The tests run the same cases.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -97,10 +98,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of cases")
     only = parser.parse_args().only
     started = time.perf_counter()
-    found = {case.name: search(case) for case in BROKEN if not only or case.name in only}
-
-    def again(case):
-        return found[case.name]
+    again = functools.cache(search)
 
     planted = [pair for pair in PAIRS if pair.kind]
     equal = [pair for pair in PAIRS if not pair.kind]

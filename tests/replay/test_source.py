@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from gradjax import find_nonfinite
+from gradjax.replay import source
 from gradjax.replay.source import Line, marked
 
 
@@ -126,3 +127,16 @@ def test_columns_are_those_of_characters(tmp_path):
 
 def test_no_source_at_all_gives_nothing():
     assert marked(Line("/nowhere/at/all.py", 3, 3, 0, 4, "f")) == ""
+
+
+def test_what_is_kept_of_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(source, "_MOST_CALLS", 3)
+
+    def loss(w):
+        for _ in range(5):
+            w = jax.nn.relu(w)
+        return jnp.log(w * 0)
+
+    for _ in range(2):
+        assert culprit(loss, jnp.float32(1.0)).line.text.strip() == "return jnp.log(w * 0)"
+    assert len(source._calls) <= 3
